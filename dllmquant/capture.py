@@ -1,0 +1,88 @@
+"""Capturing what flows into modules: hooks that live inside a `with`, and a run that stops where it has seen enough."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class StopForward(Exception):  # noqa: N818 - a signal, not an error
+    """Ends a forward pass early; raised by a hook and caught by whoever installed it."""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockCall:
+    """How a model calls its transformer blocks: everything but the hidden states, which change from block to block.
+
+    Attributes:
+        hidden: Residual stream [batch, length, width] that enters the block, the first positional argument.
+        args: Further positional arguments.
+        kwargs: Keyword arguments, such as rotary tables and attention masks.
+    """
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module) -> Tensor:
+        """Runs a block on this call and returns the residual stream that leaves it."""
+        output = block(self.hidden, *self.args, **self.kwargs)
+        result = output[0] if isinstance(output, tuple) else output
+        assert isinstance(result, Tensor)
+        return result
+
+    def following(self, block: nn.Module) -> "BlockCall":
+        """Returns the call of the next block."""
+        return BlockCall(self.run(block), self.args, self.kwargs)
+
+
+@contextmanager
+def watching_input(module: nn.Module, watch: Callable[[Tensor], None]) -> Iterator[None]:
+    """While the context lasts, `watch` sees the module's first positional input and the forward pass stops there.
+
+    Forward passes inside the context end in `StopForward`, which the context does not swallow.
+    """
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        watch(args[0])
+        raise StopForward
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def capture_block_call(model: nn.Module, first_block: nn.Module, run: Callable[[], object]) -> BlockCall:
+    """Runs the model up to its first block and returns how that block was called.
+
+    Args:
+        model: The model; used in the error message only.
+        first_block: Its first transformer block.
+        run: Runs the model on one batch.
+
+    Raises:
+        ValueError: The run never reached the block, or called it without a positional tensor.
+    """
+    calls: list[BlockCall] = []
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not args or not isinstance(args[0], torch.Tensor):
+            raise ValueError(
+                f"{type(model).__name__} calls its blocks without a positional hidden state; dllmquant needs one"
+            )
+        calls.append(BlockCall(args[0].detach(), tuple(args[1:]), dict(kwargs)))
+        raise StopForward
+
+    handle = first_block.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        run()
+    except StopForward:
+        return calls[0]
+    finally:
+        handle.remove()
+    raise ValueError(f"{type(model).__name__} never called its first block; is the adapter's `blocks` path right?")

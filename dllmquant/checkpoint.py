@@ -1,0 +1,98 @@
+"""The on-disk layout: its version, writing it so that half of it is never read, and what it weighs.
+
+A checkpoint is a transformers directory. Layout version 1: a packed layer stores `weight` (uint8 codes, packed as
+`dllmquant.nn.packing` draws them), `weight_scale` (float16 [out, groups]), for asymmetric grids `weight_zero_point`
+(uint8, packed like the codes) and, if it has one, `bias`; `config.json` says which layers are packed and how.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from dllmquant.nn.linear import QuantLinear
+
+FORMAT_VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read: corrupt, incomplete, or of another version."""
+
+
+def check_format_version(version: object) -> None:
+    """Raises `CheckpointError` unless `version` is a layout this library reads."""
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"quantization_config.format_version is {version!r}; this dllmquant reads {FORMAT_VERSION}. "
+            "A newer checkpoint needs a newer dllmquant."
+        )
+
+
+def write_atomically(directory: Path, write: Callable[[Path], object]) -> None:
+    """Writes a checkpoint so that an interrupted write is never mistaken for one.
+
+    Everything is written into a temporary directory beside the target first. The target's old configuration and
+    weight files then go, the new files move in, and `config.json`, without which nothing loads, moves last.
+
+    Args:
+        directory: Target; made if it does not exist. Other files in it are kept.
+        write: Writes the whole checkpoint into the directory it is given.
+
+    Raises:
+        OSError: The target is a file or cannot be written.
+    """
+    if directory.is_file():
+        raise FileExistsError(f"{directory} is a file; a checkpoint needs a directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.resolve().parent))
+    try:
+        write(staging)
+        stale = [directory / "config.json", *directory.glob("model*.safetensors"), *directory.glob("model*.index.json")]
+        for path in stale:
+            path.unlink(missing_ok=True)
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+            path.replace(directory / path.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """What a model's weights take, in parameters and bytes.
+
+    Attributes:
+        quantized_parameters: Weights held in packed layers.
+        quantized_bytes: Their codes, scales and zero points.
+        other_parameters: All other parameters: embeddings, head, norms, biases.
+        other_bytes: Their bytes.
+    """
+
+    quantized_parameters: int
+    quantized_bytes: int
+    other_parameters: int
+    other_bytes: int
+
+    @property
+    def bytes_per_quantized_weight(self) -> float:
+        """Bytes per packed weight, scales and zero points included; 0 when nothing is packed."""
+        return self.quantized_bytes / self.quantized_parameters if self.quantized_parameters else 0.0
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self.quantized_bytes + self.other_bytes
+
+
+def weight_bytes(model: nn.Module) -> WeightBytes:
+    """Counts the weights of a model, packed or not."""
+    packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    others = list(model.parameters())
+    return WeightBytes(
+        quantized_parameters=sum(module.in_features * module.out_features for module in packed),
+        quantized_bytes=sum(module.nbytes for module in packed),
+        other_parameters=sum(parameter.numel() for parameter in others),
+        other_bytes=sum(parameter.numel() * parameter.element_size() for parameter in others),
+    )

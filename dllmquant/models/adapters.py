@@ -1,0 +1,189 @@
+"""The adapter registry: what the quantizer must know of a model family, as data.
+
+Supporting a model takes one `ModelAdapter` and one call of `register_adapter`; nothing in the package changes:
+
+    from dllmquant.models import ModelAdapter, register_adapter
+
+    register_adapter(
+        ModelAdapter(
+            model_type="my_dllm",                               # config.model_type
+            blocks="model.layers",                              # path of the block list
+            linear_groups=(                                     # in execution order, relative to a block
+                ("attn.q", "attn.k", "attn.v"),                 # these share one input
+                ("attn.o",),
+                ("mlp.up",),
+                ("mlp.down",),
+            ),
+            embedding="model.embed",
+            head="lm_head",
+            mask_token_id="mask_token_id",                      # a config key, or the id itself
+        )
+    )
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dllmquant.decoding import SamplerConfig
+from dllmquant.decoding.sampler import Denoiser
+
+
+@dataclass(frozen=True)
+class ModelAdapter:
+    """Where a model family keeps what quantization touches. All paths are exact; nothing is matched by substring.
+
+    Attributes:
+        model_type: `config.model_type` of the family.
+        blocks: Path of the `nn.ModuleList` of transformer blocks.
+        linear_groups: Linear layers to quantize, relative to a block, in execution order; the members of a group read
+            the same input tensor, so they share one Hessian.
+        embedding: Path of the token embedding.
+        head: Path of the output head (absent from models that tie it to the embedding).
+        mask_token_id: The `[MASK]` id, or the name of the configuration key that holds it.
+        logits_shift: 0 when logits at a position predict that position; 1 when they predict the next one (Dream).
+        attention: "bidirectional" over the whole canvas, or "block_causal".
+        sampler: The family's default sampler settings; `config.sampler_defaults` of a checkpoint overrides them.
+    """
+
+    model_type: str
+    blocks: str
+    linear_groups: tuple[tuple[str, ...], ...]
+    embedding: str
+    head: str
+    mask_token_id: str | int
+    logits_shift: Literal[0, 1] = 0
+    attention: Literal["bidirectional", "block_causal"] = "bidirectional"
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def validate(self, model: nn.Module) -> None:
+        """Checks every path against `model`.
+
+        Raises:
+            ValueError: A path does not exist or is not of the expected kind; the message names it.
+        """
+        config = getattr(model, "config", None)
+        blocks = self._resolve(model, self.blocks, "blocks")
+        if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
+            raise ValueError(f"adapter {self.model_type!r}: blocks={self.blocks!r} is not a non-empty ModuleList")
+        self._resolve(model, self.embedding, "embedding")
+        if not getattr(config, "tie_word_embeddings", False):
+            self._resolve(model, self.head, "head")
+        self.mask_id(config)
+        for name, module in self.linears(model):
+            if not isinstance(module, nn.Linear):
+                raise ValueError(
+                    f"adapter {self.model_type!r}: linear_groups: {name!r} is a {type(module).__name__}, not nn.Linear"
+                )
+
+    def _resolve(self, model: nn.Module, path: str, what: str) -> nn.Module:
+        try:
+            return model.get_submodule(path)
+        except AttributeError as error:
+            raise ValueError(f"adapter {self.model_type!r}: {what}: no module {path!r} in the model") from error
+
+    def block_list(self, model: nn.Module) -> nn.ModuleList:
+        """Returns the transformer blocks of `model`."""
+        blocks = model.get_submodule(self.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    def linears(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """Yields (full path, module) of every quantizable linear layer, in execution order.
+
+        Raises:
+            ValueError: A path does not exist.
+        """
+        for index in range(len(self.block_list(model))):
+            for group in self.linear_groups:
+                for leaf in group:
+                    name = f"{self.blocks}.{index}.{leaf}"
+                    yield name, self._resolve(model, name, "linear_groups")
+
+    def mask_id(self, config: Any) -> int:
+        """Returns the id of the mask token.
+
+        Raises:
+            ValueError: The configuration has no such key, or it holds no token id.
+        """
+        if isinstance(self.mask_token_id, int):
+            return self.mask_token_id
+        value = getattr(config, self.mask_token_id, None)
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(
+                f"adapter {self.model_type!r}: config.{self.mask_token_id} is {value!r}, not a token id: "
+                "without a mask token the model is not a masked diffusion LLM"
+            )
+        return value
+
+    def sampler_config(self, config: Any, **overrides: Any) -> SamplerConfig:
+        """Returns the sampler settings: the family's, then the checkpoint's own, then `overrides` that are not None.
+
+        Raises:
+            ValueError: A setting is unknown or settings do not fit together.
+        """
+        known = SamplerConfig.__dataclass_fields__
+        settings = {name: getattr(self.sampler, name) for name in known}
+        for source in (getattr(config, "sampler_defaults", None) or {}, overrides):
+            for name, value in source.items():
+                if name not in known:
+                    raise ValueError(f"sampler setting {name!r} is unknown; valid: {', '.join(known)}")
+                if value is not None:
+                    settings[name] = value
+        return SamplerConfig(**settings)
+
+    def denoiser(self, model: PreTrainedModel) -> Denoiser:
+        """Returns the function the samplers drive: (ids [B, L], attention mask [B, L]) -> logits [B, L, V].
+
+        The logits are aligned: those at position j predict the token at position j.
+        """
+
+        def denoise(ids: Tensor, attention_mask: Tensor) -> Tensor:
+            logits: Tensor = model(input_ids=ids, attention_mask=attention_mask).logits
+            if self.logits_shift:
+                logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)
+            return logits
+
+        return denoise
+
+
+_ADAPTERS: dict[str, ModelAdapter] = {}
+
+
+def register_adapter(adapter: ModelAdapter, *, replace: bool = False) -> None:
+    """Makes a model family known to dllmquant.
+
+    Args:
+        adapter: The family's adapter.
+        replace: Whether an adapter registered under the same `model_type` may be replaced.
+
+    Raises:
+        ValueError: The `model_type` is registered already and `replace` is False.
+    """
+    if adapter.model_type in _ADAPTERS and not replace:
+        raise ValueError(f"an adapter for model_type {adapter.model_type!r} is registered; pass replace=True")
+    _ADAPTERS[adapter.model_type] = adapter
+
+
+def registered_adapters() -> dict[str, ModelAdapter]:
+    """Returns the registered adapters by model type."""
+    return dict(_ADAPTERS)
+
+
+def adapter_for(model: nn.Module) -> ModelAdapter:
+    """Returns the adapter of a model; whether it fits this very model is for `ModelAdapter.validate` to say.
+
+    Raises:
+        ValueError: The model's family is not registered.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in _ADAPTERS:
+        raise ValueError(
+            f"model_type {model_type!r} ({type(model).__name__}) is not a known diffusion LLM; "
+            f"known: {', '.join(sorted(_ADAPTERS))}. For your own model see dllmquant.models.register_adapter."
+        )
+    return _ADAPTERS[model_type]

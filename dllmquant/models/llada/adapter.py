@@ -1,0 +1,14 @@
+"""LLaDA (8B Base and Instruct, 1.5) for the quantizer."""
+
+from dllmquant.decoding import SamplerConfig
+from dllmquant.models.adapters import ModelAdapter
+
+ADAPTER = ModelAdapter(
+    model_type="llada",
+    blocks="model.transformer.blocks",
+    linear_groups=(("q_proj", "k_proj", "v_proj"), ("attn_out",), ("ff_proj", "up_proj"), ("ff_out",)),
+    embedding="model.transformer.wte",
+    head="model.transformer.ff_out",
+    mask_token_id="mask_token_id",
+    sampler=SamplerConfig(steps=128, gen_length=128, block_length=128),
+)

@@ -1,0 +1,98 @@
+"""Program execution: short list and string programs in Python, answered with what they print.
+
+Every statement is real Python; the reference output is computed with the same list and string methods.
+"""
+
+import random
+from collections.abc import Callable
+
+from dllmquant.tasks.items import Item
+
+# What a program may print, with what it evaluates to.
+_LIST_RESULTS: dict[str, Callable[[list[int]], object]] = {
+    "x": lambda x: x,
+    "x[::-1]": lambda x: x[::-1],
+    "sorted(x)": sorted,
+    "x[0]": lambda x: x[0],
+    "x[-1]": lambda x: x[-1],
+    "len(x)": len,
+    "max(x)": max,
+    "min(x)": min,
+}
+_STRING_RESULTS: dict[str, Callable[[str], object]] = {
+    "s": lambda s: s,
+    "s[::-1]": lambda s: s[::-1],
+    "s[1:]": lambda s: s[1:],
+    "s[:-1]": lambda s: s[:-1],
+    "s * 2": lambda s: s * 2,
+    "s[0]": lambda s: s[0],
+    "s[-1]": lambda s: s[-1],
+    "len(s)": len,
+}
+
+
+def make_item(rng: random.Random) -> Item:
+    """Draws a program of one to three statements and its output."""
+    program, output = (_list_program if rng.random() < 0.6 else _string_program)(rng)
+    return Item(f"code {program}", f"code: {program} prints:", f" {output}")
+
+
+def _list_program(rng: random.Random) -> tuple[str, str]:
+    values = rng.sample(range(10), rng.randint(3, 5))
+    lines = [f"x = {values}"]
+    for _ in range(rng.choices((0, 1, 2), weights=(2, 5, 3))[0]):
+        lines.append(_change_list(values, rng))
+    last = rng.choices(tuple(_LIST_RESULTS), weights=(8, 4, 4, 1, 1, 1, 1, 1))[0]
+    return f"{'; '.join(lines)}; print({last})", str(_LIST_RESULTS[last](values))
+
+
+def _change_list(values: list[int], rng: random.Random) -> str:
+    """Applies a random statement to `values` in place and returns its source."""
+    match rng.choice(("append", "reverse", "sort", "pop", "set", "insert")):
+        case "append":
+            new = rng.randint(0, 9)
+            values.append(new)
+            return f"x.append({new})"
+        case "reverse":
+            values.reverse()
+            return "x.reverse()"
+        case "sort":
+            values.sort()
+            return "x.sort()"
+        case "pop":
+            values.pop()
+            return "x.pop()"
+        case "set":
+            index, new = rng.randrange(3 if len(values) > 2 else 1), rng.randint(0, 9)
+            values[index] = new
+            return f"x[{index}] = {new}"
+        case _:
+            new = rng.randint(0, 9)
+            values.insert(0, new)
+            return f"x.insert(0, {new})"
+
+
+def _string_program(rng: random.Random) -> tuple[str, str]:
+    text = "".join(rng.choices("0123456789", k=rng.randint(3, 5)))
+    lines = [f's = "{text}"']
+    for _ in range(rng.randint(0, 1)):
+        text, line = _change_string(text, rng)
+        lines.append(line)
+    last = rng.choices(tuple(_STRING_RESULTS), weights=(4, 3, 2, 2, 2, 1, 1, 1))[0]
+    return f"{'; '.join(lines)}; print({last})", str(_STRING_RESULTS[last](text))
+
+
+def _change_string(text: str, rng: random.Random) -> tuple[str, str]:
+    """Returns the string after a random statement, and the statement's source."""
+    match rng.choice(("append", "prepend", "reverse", "replace")):
+        case "append":
+            new = str(rng.randint(0, 9))
+            return text + new, f's = s + "{new}"'
+        case "prepend":
+            new = str(rng.randint(0, 9))
+            return new + text, f's = "{new}" + s'
+        case "reverse":
+            return text[::-1], "s = s[::-1]"
+        case _:
+            old, new = rng.choice(text), str(rng.randint(0, 9))
+            return text.replace(old, new), f's = s.replace("{old}", "{new}")'
