@@ -1,6 +1,6 @@
 """Trains the bundled LLaDA on the procedurally generated tasks and writes it as a Hugging Face checkpoint.
 
-    python benchmarks/train_bundled.py --output runs/llada-tiny --seed 0 --steps 9000
+    python benchmarks/train_bundled.py --output runs/llada-tiny --seed 0 --steps 8000
 
 Masked-diffusion training as LLaDA's instruction tuning does it: the prompt stays visible, each response token is
 masked with probability t ~ U(0, 1), and the response is filled with [EOS]. Half of the sequences are masked the way
@@ -29,7 +29,7 @@ from dllmquant.tasks.tokenizer import build_tokenizer
 logger = logging.getLogger("train_bundled")
 
 # task: (sequences per step, prompt tokens, possible response tokens)
-BATCHES = {"math": (40, 48, (32,)), "code": (32, 40, (16, 16, 32)), "qa": (12, 28, (3, 4, 8))}
+BATCHES = {"math": (40, 48, (32,)), "code": (32, 40, (16, 16, 32)), "qa": (8, 28, (3, 4, 8))}
 BLOCK = 8
 
 
@@ -74,7 +74,7 @@ def draw_masks(response: Tensor, eos: int, generator: torch.Generator) -> tuple[
     return hidden, trained
 
 
-def learning_rate_factor(step: int, steps: int, warmup: int = 200, decay: float = 0.4) -> float:
+def learning_rate_factor(step: int, steps: int, warmup: int = 200, decay: float = 0.5) -> float:
     """Warm-up, plateau, then linear decay to zero over the last `decay` of the run."""
     return min(1.0, (step + 1) / warmup, max(0.0, (steps - step) / (decay * steps)))
 
@@ -112,9 +112,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory of the checkpoint and training state")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the data stream and the masks")
-    parser.add_argument("--steps", type=int, default=9000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=8000, help="optimizer steps")
     parser.add_argument("--width", type=int, default=128, help="d_model; heads are 32 wide, the MLP 3x as wide")
-    parser.add_argument("--layers", type=int, default=6, help="transformer blocks")
+    parser.add_argument("--layers", type=int, default=5, help="transformer blocks")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--stop-after", type=int, default=None, help="stop at this step, keeping the state")
     args = parser.parse_args()

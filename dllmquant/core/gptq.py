@@ -74,10 +74,12 @@ def gptq(
     original = weight.to(dtype)
     hessian = hessian.to(dtype)
 
-    importance = hessian.diagonal()
-    dead = importance == 0
+    importance = hessian.diagonal().clamp(min=0)
+    dead = hessian.diagonal() == 0
     w = torch.where(dead, 0.0, original)
-    h = hessian + torch.diag(dead.to(dtype))
+    # a dead channel's stand-in is the mean of the others, so that the damping does not depend on how many are dead
+    mean = hessian.trace() / (columns - int(dead.sum())) if not bool(dead.all()) else 1.0
+    h = hessian + torch.diag(dead.to(dtype) * mean)
     order = torch.argsort(h.diagonal(), descending=True, stable=True) if act_order else torch.arange(columns)
     order = order.to(w.device)
     upper, used_damping, attempts = _inverse_factor(h[order][:, order], damping)

@@ -102,14 +102,15 @@ def fit_scale(
         scale, float16 [out, groups], and zero, uint8 [out, groups].
 
     Raises:
-        ValueError: The weight is not a finite matrix, the group size does not divide it, or a scale exceeds float16.
+        ValueError: The weight is not a finite matrix, the group size does not divide it, `importance` does not fit it
+            or is negative or not finite, or a scale exceeds float16.
     """
     if weight.ndim != 2 or not bool(torch.isfinite(weight).all()):
         raise ValueError(f"weight: expected a matrix of finite numbers, got shape {tuple(weight.shape)}")
     if clip not in ("none", "mse"):
         raise ValueError(f"clip: {clip!r} is unknown; valid: none, mse")
     width = grid.width(weight.shape[1])
-    groups = rearrange(weight, "out (g i) -> out g i", i=width)
+    groups = rearrange(_widen(weight), "out (g i) -> out g i", i=width)
     if grid.symmetric:
         high = groups.abs().amax(-1)
         low = -high
@@ -119,8 +120,12 @@ def fit_scale(
     if clip == "none":
         return best_scale, best_zero
     if importance is None:
-        importance = torch.ones(weight.shape[1], dtype=weight.dtype, device=weight.device)
-    importance = rearrange(importance.to(weight), "(g i) -> g i", i=width)
+        importance = torch.ones(weight.shape[1], device=weight.device)
+    if importance.shape != weight.shape[1:] or not bool((torch.isfinite(importance) & (importance >= 0)).all()):
+        raise ValueError(
+            f"importance: shape {tuple(importance.shape)}; valid: {weight.shape[1]} finite numbers, none negative"
+        )
+    importance = rearrange(importance.to(groups), "(g i) -> g i", i=width)
     best_error = _error(groups, best_scale, best_zero, grid, importance)
     for ratio in _SHRINK[1:]:
         scale, zero = _range_to_scale(low * ratio, high * ratio, grid)
@@ -133,8 +138,13 @@ def fit_scale(
 
 def quantize_to_grid(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
     """Rounds a weight [out, in] to the nearest codes, uint8 [out, in]; scale and zero are [out, groups]."""
-    groups = rearrange(weight, "out (g i) -> out g i", g=scale.shape[1])
+    groups = rearrange(_widen(weight), "out (g i) -> out g i", g=scale.shape[1])
     return _round(groups, scale[..., None], zero[..., None], grid).to(torch.uint8).flatten(1)
+
+
+def _widen(weight: Tensor) -> Tensor:
+    """Returns the weight in at least float32; a narrower type would round the scales once more."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _range_to_scale(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -84,7 +84,7 @@ class HessianAccumulator:
         """
         if state["sum"].shape != self._sum.shape:
             raise ValueError(f"state: sum of shape {tuple(state['sum'].shape)}, expected {tuple(self._sum.shape)}")
-        self._sum = state["sum"].to(self._sum)
+        self._sum = state["sum"].to(self._sum, copy=True)
         self.total_weight = float(state["total_weight"])
         self.tokens = int(state["tokens"])
 

@@ -71,8 +71,7 @@ def select_states(
     if not 1 <= num_states <= available:
         raise ValueError(f"num_states: {num_states}; valid: 1 to {available}, the recorded states")
     steps = valid.sum(1, keepdim=True).clamp(min=1)
-    segment = (torch.arange(valid.shape[1]) * len(quotas) // steps).clamp(max=len(quotas) - 1)
-    segment = torch.where(valid, segment, -1)
+    segment = torch.where(valid, (valid.cumsum(1) - 1) * len(quotas) // steps, -1)
     capacity = [int((segment == index).sum()) for index in range(len(quotas))]
     requested = _largest_remainder(num_states, quotas)
     counts, notes = _redistribute(requested, capacity)
@@ -120,7 +119,7 @@ def _stratified(
     chosen = []
     for low, high in zip(edges[:-1], edges[1:], strict=True):
         stratum = [order[position] for position in range(low, high)]
-        pick = min(stratum, key=lambda i: int(used[where[i, 0]]))  # the shuffled order breaks ties at random
+        pick = min(stratum, key=lambda i: (int(used[where[i, 0]]), i))  # i is a place in the shuffle: ties are random
         used[where[pick, 0]] += 1
         chosen.append(StateIndex(int(where[pick, 0]), int(where[pick, 1])))
     return chosen

@@ -2,7 +2,7 @@
 
 With ``L`` target tokens ``y``, a count ``l`` uniform on ``1..L`` and a uniform subset ``S`` of ``l`` target positions,
 
-    log p(y | prompt)  ≥  − E_l E_S [ (L / l) · Σ_{j ∈ S} CE_j ],
+    log p(y | prompt)  ≥  E_l E_S [ -(L / l) · Σ_{j ∈ S} CE_j ],
 
 where ``CE_j`` is the cross-entropy of ``y_j`` under the model that sees the prompt and the target with ``S`` masked
 (LLaDA, arXiv 2502.09992; the form with a fixed number of masked tokens, which varies less than independent masking).
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from tqdm.auto import tqdm
 
 from dllmquant.decoding.sampler import Denoiser
 
@@ -48,9 +48,9 @@ def log_likelihoods(
     The masks of a pair depend on ``seed``, its stream, the length of its target and ``mc_num`` alone. The result thus
     depends neither on ``batch_size`` nor on the other pairs, as long as the denoiser computes each row independently
     of the others and of left padding (to the rounding of its own arithmetic). Pairs of one stream and one target
-    length get the *same* masks. Give the choices of one question a common stream: most of the Monte Carlo noise is
-    then common to them and does not disturb their ranking. Give different questions different streams, so that their
-    errors stay independent.
+    length get the *same* masks. Give the choices of one question a common stream: the Monte Carlo noise that similar
+    choices have in common then does not disturb their ranking. Give different questions different streams, so that
+    their errors stay independent.
 
     Args:
         denoiser: The model, ``(ids int64 [B, L], attention_mask bool [B, L]) -> logits [B, L, V]`` in any floating
@@ -128,9 +128,7 @@ def _left_padded(
     return ids, attention, masked
 
 
-def _cross_entropies(
-    denoiser: Denoiser, seen: Tensor, attention: Tensor, masked: Tensor, targets: Tensor
-) -> Tensor:
+def _cross_entropies(denoiser: Denoiser, seen: Tensor, attention: Tensor, masked: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of every masked token, float64 on the CPU, in row-major order."""
     logits = denoiser(seen, attention)
     if logits.dim() != 3 or logits.shape[:2] != seen.shape or not logits.dtype.is_floating_point:
@@ -156,7 +154,9 @@ def _check_options(mask_token_id: int, pad_token_id: int, mc_num: int, batch_siz
         if token < 0:
             raise ValueError(f"{name} is {token}; valid: a token id of at least 0")
     if pad_token_id == mask_token_id:
-        raise ValueError(f"pad_token_id is {pad_token_id}; valid: any token other than mask_token_id, which is the same")
+        raise ValueError(
+            f"pad_token_id is {pad_token_id}; valid: any token other than mask_token_id, which is the same"
+        )
 
 
 def _checked_pairs(

@@ -38,7 +38,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     stream = ((codes[..., None] >> shifts) & 1).flatten(1)
     stream = torch.nn.functional.pad(stream, (0, packed_width(columns, bits) * 8 - columns * bits))
     places = torch.arange(8, dtype=torch.uint8, device=codes.device)
-    return (stream.view(rows, -1, 8) << places).sum(-1, dtype=torch.int32).to(torch.uint8)
+    return (stream.view(rows, stream.shape[1] // 8, 8) << places).sum(-1, dtype=torch.int32).to(torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:

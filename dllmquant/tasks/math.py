@@ -1,4 +1,4 @@
-"""Arithmetic word problems with worked steps: one to three operations on integers below 100.
+"""Arithmetic word problems with worked steps: one to three operations on integers up to 50.
 
 The answer spells out every step and ends with `#### N`, as GSM8K's references do. The problem's key is its chain of
 operations, so a held-out chain was never trained on under any wording.
@@ -11,22 +11,22 @@ from dllmquant.tasks.items import Item
 
 NAMES = ("tom", "anna", "ben", "lucy", "omar", "mia", "jack", "nora", "paul", "rita", "sam", "vera")
 THINGS = ("apples", "coins", "books", "pens", "cards", "shells", "stamps", "eggs", "toys", "cups", "nuts", "beads")
-LARGEST = 99
+LARGEST = 50
 
 _STARTS = ("{name} has {a} {things}.", "{name} starts with {a} {things}.", "{name} has a box of {a} {things}.")
 _STEPS = {
     "+": ("{name} buys {b} more.", "{other} gives {name} {b} more.", "{name} finds {b} {things}."),
     "-": ("{name} gives {b} to {other}.", "{name} loses {b} of them.", "{name} sells {b} {things}."),
-    "*": ("now {name} gets {b} times as many.", "the number grows {b} times."),
-    "/": ("{name} keeps one of {b} equal parts.", "they fill {b} boxes and one is left."),
+    "*": ("{name} gets {b} times as many.", "the number grows {b} times."),
+    "/": ("{name} keeps one of {b} parts.", "one of {b} parts is left."),
 }
-_QUESTIONS = ("how many {things} are there now?", "how many {things} does {name} have?", "how many remain?")
+_QUESTIONS = ("how many {things} now?", "how many {things} does {name} have?", "how many remain?")
 
 
 def make_item(rng: random.Random) -> Item:
     """Draws a word problem; its prompt is at most 48 tokens and its answer at most 31 of the bundled tokenizer."""
     length = rng.choices((1, 2, 3), weights=(3, 4, 3))[0]
-    value = rng.randint(2, 60)
+    value = rng.randint(2, 30)
     words = {"name": rng.choice(NAMES), "things": rng.choice(THINGS)}
     words["other"] = rng.choice([name for name in NAMES if name != words["name"]])
     sentences = [rng.choice(_STARTS).format(a=value, **words)]
@@ -34,7 +34,7 @@ def make_item(rng: random.Random) -> Item:
     for _ in range(length):
         operation, operand = _draw_operation(value, rng)
         result = _apply(value, operation, operand)
-        worked.append(f"{value} {operation} {operand} = {result}.")
+        worked.append(f"{value}{operation}{operand}={result}.")
         sentences.append(rng.choice(_STEPS[operation]).format(b=operand, **words))
         key += f"{operation}{operand}"
         value = result
@@ -49,12 +49,12 @@ def extract_answer(completion: str) -> str | None:
 
 
 def _draw_operation(value: int, rng: random.Random) -> tuple[str, int]:
-    """Draws an operation that keeps the running value an integer in [1, 99]."""
+    """Draws an operation that keeps the running value an integer in [1, 50]."""
     options: list[tuple[str, list[int]]] = [
-        ("+", list(range(1, min(40, LARGEST - value) + 1))),
-        ("-", list(range(1, min(40, value - 1) + 1))),
-        ("*", [k for k in range(2, 6) if value * k <= LARGEST]),
-        ("/", [k for k in range(2, 6) if value % k == 0]),
+        ("+", list(range(1, min(9, LARGEST - value) + 1))),
+        ("-", list(range(1, min(9, value - 1) + 1))),
+        ("*", [k for k in range(2, 4) if value * k <= LARGEST]),
+        ("/", [k for k in range(2, 4) if value % k == 0]),
     ]
     operation, operands = rng.choice([option for option in options if option[1]])
     return operation, rng.choice(operands)

@@ -9,11 +9,15 @@ from dllmquant.tasks import TASKS, iterate
 
 MASK, EOS, UNKNOWN = "[MASK]", "[EOS]", "[UNK]"
 
+# A space belongs to the word or punctuation after it. Digits stay the same ten tokens wherever they stand: a space
+# before one is a token of its own, or part of the full stop, comma or semicolon before it.
+_TOKEN = "[.,;]▁(?=[0-9])|[0-9]|▁(?=[0-9])|▁?(?:[a-z]+|[.,;]|[^a-z0-9▁.,;]+)"
+
 
 def build_tokenizer(items_per_task: int = 20000, seed: int = 0) -> PreTrainedTokenizerFast:
     """Builds the tokenizer from the training split of every task.
 
-    A leading space is part of the token (`▁`), so decoding restores the text.
+    Spaces are kept (as `▁`), so decoding restores the text.
 
     Args:
         items_per_task: Items read from each task; all word forms appear well before 20,000.
@@ -21,7 +25,7 @@ def build_tokenizer(items_per_task: int = 20000, seed: int = 0) -> PreTrainedTok
     """
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("▁?(?:[a-z]+|[0-9]|[^a-z0-9▁]+)"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_TOKEN), behavior="isolated")
     tokenizer.decoder = decoders.Replace("▁", " ")
     trainer = trainers.WordLevelTrainer(special_tokens=[EOS, MASK, UNKNOWN], show_progress=False)
     texts = (

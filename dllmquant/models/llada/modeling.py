@@ -6,6 +6,7 @@ load unchanged and without remote code. Positions are relative (RoPE), so left a
 
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
+from dllmquant.checkpoint import write_atomically
 from dllmquant.models.llada.configuration import LLaDAConfig
 
 
@@ -206,6 +208,18 @@ class LLaDAModelLM(PreTrainedModel):
                 f"as its config describes it; {'; '.join(problems)}"
             )
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Writes a checkpoint as `PreTrainedModel.save_pretrained` does, but so that an interrupted write is never read.
+
+        Args:
+            save_directory: Target directory; weights of an earlier checkpoint in it are replaced.
+            **kwargs: As for `PreTrainedModel.save_pretrained`.
+        """
+        target, save = Path(save_directory), super().save_pretrained
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", target.name)
+        write_atomically(target, lambda staging: save(staging, **kwargs))
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.init_std

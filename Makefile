@@ -1,0 +1,53 @@
+# `make` lists the targets. Everything runs in a virtual environment of its own, installed on first use and again only
+# when pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-slow lint format types wheel clean all
+
+help:  ## list the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+install: $(STAMP)  ## create .venv and install the package with its development tools
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "dllmquant needs Python 3.11 or newer, not %d.%d: run make PYTHON=python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP)  ## quantize the bundled model and write the results to demo-output/
+	$(BIN)/dllmquant demo --output demo-output
+
+test: $(STAMP)  ## run the tests (not those marked slow or gpu)
+	$(BIN)/pytest
+
+test-slow: $(STAMP)  ## run the tests marked slow
+	$(BIN)/pytest -m "slow and not gpu"
+
+lint: $(STAMP)  ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## format the code and apply the safe fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: $(STAMP)  ## check types
+	$(BIN)/mypy
+
+wheel: $(STAMP)  ## build a wheel into dist/
+	$(BIN)/python -m pip wheel --no-deps -w dist .
+
+clean:  ## remove what the other targets wrote, except .venv
+	rm -rf dist build demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find dllmquant tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
+
+all: lint types demo test  ## everything continuous integration runs

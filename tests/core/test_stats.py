@@ -1,0 +1,162 @@
+"""The weighted Hessian against a sum over single tokens in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dllmquant.core.stats import HessianAccumulator
+
+FEATURES = 7
+
+
+def tokens(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, FEATURES, generator=generator, dtype=torch.float64)
+    return x + x.sum(-1, keepdim=True), 3 * torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+
+def brute_force(x: Tensor, weights: Tensor) -> Tensor:
+    """Σ w x xᵀ / Σ w, one token at a time."""
+    total = torch.zeros(FEATURES, FEATURES, dtype=torch.float64)
+    for token, weight in zip(x.reshape(-1, FEATURES), weights.reshape(-1), strict=True):
+        if weight > 0:
+            total += weight * torch.outer(token, token)
+    return total / weights.sum()
+
+
+def accumulate(*batches: tuple[Tensor, Tensor | None], dtype: torch.dtype = torch.float64) -> HessianAccumulator:
+    accumulator = HessianAccumulator(FEATURES, dtype=dtype)
+    for x, weights in batches:
+        accumulator.add(x, weights)
+    return accumulator
+
+
+def test_equals_the_sum_over_tokens() -> None:
+    x, weights = tokens(3, 5)
+    accumulator = accumulate((x, weights))
+    torch.testing.assert_close(accumulator.hessian(), brute_force(x, weights))
+    assert accumulator.total_weight == pytest.approx(float(weights.sum()))
+    assert accumulator.tokens == 15
+    assert accumulator.hessian().dtype == torch.float64
+
+
+def test_by_hand() -> None:
+    accumulator = HessianAccumulator(2, dtype=torch.float64)
+    accumulator.add(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([2.0, 1.0]))
+    torch.testing.assert_close(accumulator.hessian() * 3, torch.tensor([[11.0, 4.0], [4.0, 8.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrow_tokens_are_summed_in_float32(dtype: torch.dtype) -> None:
+    x, weights = tokens(4, 50)
+    accumulator = HessianAccumulator(FEATURES)
+    accumulator.add(x.to(dtype), weights)
+    assert accumulator.hessian().dtype == torch.float32
+    torch.testing.assert_close(
+        accumulator.hessian().double(), brute_force(x.to(dtype).double(), weights), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_no_weights_count_every_token_once() -> None:
+    x, _ = tokens(2, 3)
+    torch.testing.assert_close(accumulate((x, None)).hessian(), brute_force(x, torch.ones(2, 3, dtype=torch.float64)))
+    assert accumulate((x, None)).total_weight == 6
+
+
+@pytest.mark.parametrize("bad", [0.0, 1e30, float("nan"), float("inf")])
+def test_tokens_of_weight_zero_are_excluded(bad: float) -> None:
+    x, weights = tokens(4, 6)
+    keep = torch.ones(4, 6, dtype=torch.bool)
+    keep[1, 3:] = keep[2, 5:] = False
+    expected = accumulate((x[keep], weights[keep]))
+    x[~keep] = bad
+    accumulator = accumulate((x, weights * keep))
+    torch.testing.assert_close(accumulator.hessian(), expected.hessian())
+    assert accumulator.tokens == expected.tokens == 20
+    assert accumulator.total_weight == pytest.approx(expected.total_weight)
+
+
+def test_a_mask_serves_as_weights() -> None:
+    x, _ = tokens(2, 4)
+    keep = torch.tensor([[True, True, False, True], [True, False, False, False]])
+    torch.testing.assert_close(accumulate((x, keep)).hessian(), accumulate((x[keep], None)).hessian())
+
+
+def test_weight_four_is_the_token_four_times() -> None:
+    x, _ = tokens(3)
+    weighted = accumulate((x, torch.tensor([4.0, 1.0, 2.0])))
+    repeated = accumulate((x[[0, 0, 0, 0, 1, 2, 2]], None))
+    torch.testing.assert_close(weighted.hessian(), repeated.hessian())
+    assert weighted.total_weight == repeated.total_weight == 7
+    assert (weighted.tokens, repeated.tokens) == (3, 7)
+
+
+@settings(max_examples=25, deadline=None)
+@given(cuts=st.lists(st.integers(0, 12), max_size=4), merged=st.booleans(), seed=st.integers(0, 99))
+def test_any_split_and_any_merge_give_the_same(cuts: list[int], merged: bool, seed: int) -> None:
+    x, weights = tokens(12, seed=seed)
+    weights[seed % 12] = 0
+    edges = [0, *sorted(cuts), 12]
+    parts = [(x[low:high], weights[low:high]) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    if merged:
+        accumulator = HessianAccumulator(FEATURES, dtype=torch.float64)
+        for part in reversed(parts):
+            accumulator.merge(accumulate(part))
+    else:
+        accumulator = accumulate(*parts)
+    torch.testing.assert_close(accumulator.hessian(), brute_force(x, weights))
+    assert accumulator.tokens == 11
+    assert accumulator.total_weight == pytest.approx(float(weights.sum()))
+
+
+def test_state_dict_round_trip() -> None:
+    first, second = tokens(4, seed=1), tokens(5, seed=2)
+    source = accumulate(first)
+    state = source.state_dict()
+    source.add(*second)
+    kept = {key: value.clone() for key, value in state.items()}
+    restored, other = (HessianAccumulator(FEATURES, dtype=torch.float64) for _ in range(2))
+    restored.load_state_dict(state)
+    other.load_state_dict(state)
+    restored.add(*second)
+    assert torch.equal(restored.hessian(), source.hessian())
+    assert (restored.tokens, restored.total_weight) == (source.tokens, source.total_weight)
+    assert all(torch.equal(state[key], kept[key]) for key in state)  # neither accumulator lives in the state
+    assert torch.equal(other.hessian(), accumulate(first).hessian())
+
+
+def test_the_result_is_a_copy() -> None:
+    accumulator = accumulate(tokens(3))
+    accumulator.hessian().zero_()
+    assert bool((accumulator.hessian().diagonal() > 0).all())
+
+
+def test_errors() -> None:
+    x, weights = tokens(2, 3)
+    accumulator = HessianAccumulator(FEATURES)
+    with pytest.raises(ValueError, match="no token with a positive weight"):
+        accumulator.hessian()
+    with pytest.raises(ValueError, match="x: 6 features, expected 7"):
+        accumulator.add(x[..., 1:])
+    with pytest.raises(ValueError, match=r"weights: shape \(3, 2\), expected \(2, 3\)"):
+        accumulator.add(x, weights.T)
+    for bad in (-0.5, float("nan"), float("inf")):
+        broken = weights.clone()
+        broken[1, 1] = bad
+        with pytest.raises(ValueError, match="weights: valid weights are finite and not negative"):
+            accumulator.add(x, broken)
+    x[0, 1, 2] = float("nan")
+    with pytest.raises(ValueError, match="x: a token with a positive weight holds NaN"):
+        accumulator.add(x, weights)
+    assert (accumulator.tokens, accumulator.total_weight) == (0, 0)  # a refused batch leaves no trace
+    accumulator.add(x, torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="no token with a positive weight"):
+        accumulator.hessian()
+    with pytest.raises(ValueError, match="other: 3 features, expected 7"):
+        accumulator.merge(HessianAccumulator(3))
+    with pytest.raises(ValueError, match=r"state: sum of shape \(3, 3\), expected \(7, 7\)"):
+        accumulator.load_state_dict(HessianAccumulator(3).state_dict())
+    with pytest.raises(ValueError, match=r"dtype: torch.bfloat16 is too narrow"):
+        HessianAccumulator(3, dtype=torch.bfloat16)

@@ -1,0 +1,193 @@
+"""Half-written, corrupt and foreign checkpoints are errors, never models."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from dllmquant import CheckpointError, DLLMQuantizer
+from dllmquant.checkpoint import write_atomically
+from tests.tiny import tiny_llada, tiny_recipe, tiny_tokenizer
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    model = DLLMQuantizer(tiny_recipe()).quantize(tiny_llada(), tokenizer=tiny_tokenizer(), progress=False)
+    model.save_pretrained(tmp_path / "out")
+    return tmp_path / "out"
+
+
+def edit_config(checkpoint, change):
+    path = checkpoint / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def edit_tensors(checkpoint, change):
+    tensors = load_file(checkpoint / "model.safetensors")
+    change(tensors)
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_an_interrupted_write_leaves_no_checkpoint(tmp_path):
+    target = tmp_path / "out"
+
+    def write(staging):
+        (staging / "config.json").write_text("{}")
+        (staging / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(target, write)
+    assert list(tmp_path.rglob("config.json")) == []
+    with pytest.raises((OSError, ValueError), match="config"):
+        AutoModel.from_pretrained(target)
+
+
+def test_a_write_killed_outright_leaves_no_checkpoint(tmp_path):
+    """SIGKILL while weights are being written: no clean-up code runs."""
+    program = """
+import os, signal, sys
+from pathlib import Path
+from dllmquant.checkpoint import write_atomically
+def write(staging):
+    (staging / "config.json").write_text("{}")
+    (staging / "model.safetensors").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+write_atomically(Path(sys.argv[1]), write)
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], check=False)
+    assert done.returncode == -9
+    assert not (tmp_path / "out" / "config.json").exists()
+    with pytest.raises((OSError, ValueError), match="config"):
+        AutoModel.from_pretrained(tmp_path / "out")
+
+
+def test_a_kill_while_files_move_in_leaves_no_checkpoint(tmp_path, monkeypatch):
+    model = tiny_llada()
+    model.save_pretrained(tmp_path / "out")
+    moved = []
+
+    def failing(self, target):
+        moved.append(target.name)
+        raise OSError("disk gone")
+
+    monkeypatch.setattr("pathlib.Path.replace", failing)
+    with pytest.raises(OSError, match="disk gone"):
+        model.save_pretrained(tmp_path / "out")
+    assert moved == ["model.safetensors"]
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_config_moves_last(tmp_path, monkeypatch):
+    moved = []
+    replace = Path.replace
+
+    def watched(self, target):
+        moved.append(target.name)
+        return replace(self, target)
+
+    def write(staging):
+        for name in ("config.json", "a.json", "model.safetensors", "zzz.json"):
+            (staging / name).write_text("{}")
+
+    monkeypatch.setattr("pathlib.Path.replace", watched)
+    write_atomically(tmp_path / "out", write)
+    assert sorted(moved) == ["a.json", "config.json", "model.safetensors", "zzz.json"]
+    assert moved[-1] == "config.json"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_saving_over_a_sharded_checkpoint_leaves_no_stale_weights(tmp_path):
+    model = tiny_llada()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    (tmp_path / "notes.txt").write_text("mine")
+    model.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    AutoModel.from_pretrained(tmp_path)
+
+
+def test_a_file_as_target_is_an_error(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(FileExistsError, match="is a file"):
+        tiny_llada().save_pretrained(tmp_path / "out")
+
+
+def test_truncated_weights_are_an_error(checkpoint):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(Exception, match=r"(?i)incomplete|invalid|metadata"):
+        AutoModel.from_pretrained(checkpoint)
+
+
+def test_missing_packed_tensors_are_an_error(checkpoint):
+    name = "model.transformer.blocks.0.q_proj.weight_scale"
+    edit_tensors(checkpoint, lambda tensors: tensors.pop(name))
+    with pytest.raises(ValueError, match=r"blocks\.0\.q_proj\.weight_scale"):
+        AutoModel.from_pretrained(checkpoint)
+
+
+def test_scales_that_are_not_positive_numbers_are_an_error(checkpoint):
+    name = "model.transformer.blocks.1.ff_out.weight_scale"
+
+    def corrupt(tensors):
+        tensors[name][0, 0] = float("nan")
+
+    edit_tensors(checkpoint, corrupt)
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.ff_out\.weight_scale"):
+        AutoModel.from_pretrained(checkpoint)
+
+
+def test_a_wrong_bit_width_in_the_config_is_an_error(checkpoint):
+    def change(config):
+        for scheme in config["quantization_config"]["modules"].values():
+            scheme["weight"]["bits"] = 8
+
+    edit_config(checkpoint, change)
+    with pytest.raises((ValueError, RuntimeError), match=r"shape|size"):
+        AutoModel.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: q.update(format_version=99), "format_version is 99"),
+        (lambda q: q.update(surprise=1), "surprise"),
+        (lambda q: q["modules"].update({"model.nowhere": next(iter(q["modules"].values()))}), "model.nowhere"),
+        (lambda q: next(iter(q["modules"].values()))["weight"].update(bits=7), "bits: 7"),
+        (lambda q: next(iter(q["modules"].values())).pop("activation"), "malformed"),
+        (lambda q: q["modules"].update({"model.transformer": next(iter(q["modules"].values()))}), "not Linear"),
+    ],
+)
+def test_configs_that_do_not_make_sense_are_errors(checkpoint, change, message):
+    edit_config(checkpoint, lambda config: change(config["quantization_config"]))
+    with pytest.raises(CheckpointError, match=message):
+        AutoModel.from_pretrained(checkpoint)
+
+
+def test_without_dllmquant_the_checkpoint_never_loads_with_random_weights(checkpoint):
+    """A fresh process that does not import dllmquant must fail."""
+    program = f"from transformers import AutoModel; AutoModel.from_pretrained({str(checkpoint)!r})"
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert done.returncode != 0
+    with_import = subprocess.run(
+        [sys.executable, "-c", f"import dllmquant; {program}"], check=False, capture_output=True, text=True
+    )
+    assert with_import.returncode == 0, with_import.stderr
+
+
+def test_casting_a_reloaded_model_keeps_its_scales(checkpoint):
+    model = AutoModel.from_pretrained(checkpoint)
+    layer = model.model.transformer["blocks"][0].q_proj
+    before = layer.weight_scale.clone()
+    model.to(torch.bfloat16)
+    assert torch.equal(layer.weight_scale, before)
+    assert layer.weight_scale.dtype == torch.float16
