@@ -102,8 +102,9 @@ def collect_states(
         ValueError: The settings ask for more states than the trajectories hold, or a sampler setting is invalid.
     """
     chosen = list(prompts[: prompts_needed(settings)])
+    notes: tuple[str, ...] = ()
     if settings.states == "clean":
-        batch, notes = _clean_states(tokenizer, chosen), ()
+        batch = _clean_states(tokenizer, chosen)
     else:
         texts = [prompt if isinstance(prompt, str) else prompt[0] for prompt in chosen]
         batch, notes = _trajectory_states(model, tokenizer, texts, settings, seed, progress)

@@ -1,6 +1,7 @@
 """The one loop over blocks: capture, statistics, solve, swap, run the block again for the next one's inputs."""
 
 import fnmatch
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,37 +77,49 @@ def make_plan(model: nn.Module, adapter: ModelAdapter, recipe: Recipe) -> Plan:
             input width.
     """
     adapter.validate(model)
-    linears = dict(adapter.linears(model))
-    skipped: set[str] = set()
-    for pattern in recipe.skip:
-        matched = fnmatch.filter(linears, pattern)
-        if not matched:
-            raise RecipeError(f"skip: {pattern!r} matches no quantizable layer; they look like {next(iter(linears))!r}")
-        skipped.update(matched)
-    if len(skipped) == len(linears):
-        raise RecipeError("skip: every quantizable layer is skipped; nothing would be quantized")
+    linears = {name: module for name, module in adapter.linears(model) if isinstance(module, nn.Linear)}
+    skipped = _skipped(recipe, list(linears))
+    for name, linear in linears.items():
+        if name not in skipped:
+            _check_layer(name, linear, recipe)
     settings, activations = recipe.weights, recipe.activations
     grid = Grid(settings.bits, settings.group_size, settings.symmetric)
     scheme = None
     if activations is not None:
         scheme = ActivationScheme(activations.bits, activations.group_size, activations.symmetric)
-    for name, module in linears.items():
-        if name in skipped:
-            continue
-        for field, size in (("weights", settings.group_size), ("activations", activations and activations.group_size)):
-            if size is not None and module.in_features % size:
-                raise RecipeError(
-                    f"{field}.group_size: {size} does not divide the {module.in_features} input channels of {name}; "
-                    "use a divisor, null, or skip the layer"
-                )
-        if not bool(torch.isfinite(module.weight).all()):
-            raise ValueError(f"{name}.weight holds NaN or infinity; the model cannot be quantized")
     blocks = []
     for index in range(len(adapter.block_list(model))):
         prefix = f"{adapter.blocks}.{index}."
         groups = (tuple(prefix + leaf for leaf in g if prefix + leaf not in skipped) for g in adapter.linear_groups)
         blocks.append(tuple(group for group in groups if group))
     return Plan(tuple(blocks), grid, scheme)
+
+
+def _skipped(recipe: Recipe, names: list[str]) -> set[str]:
+    """Returns the layers the recipe leaves in 16 bits."""
+    skipped: set[str] = set()
+    for pattern in recipe.skip:
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            raise RecipeError(f"skip: {pattern!r} matches no quantizable layer; they look like {names[0]!r}")
+        skipped.update(matched)
+    if len(skipped) == len(names):
+        raise RecipeError("skip: every quantizable layer is skipped; nothing would be quantized")
+    return skipped
+
+
+def _check_layer(name: str, linear: nn.Linear, recipe: Recipe) -> None:
+    """Checks that the recipe's groups fit a layer and that the layer's weight is finite."""
+    for section in ("weights", "activations"):
+        settings = getattr(recipe, section)
+        size = None if settings is None else settings.group_size
+        if size is not None and linear.in_features % size:
+            raise RecipeError(
+                f"{section}.group_size: {size} does not divide the {linear.in_features} input channels of {name}; "
+                "use a divisor, null, or skip the layer"
+            )
+    if not bool(torch.isfinite(linear.weight).all()):
+        raise ValueError(f"{name}.weight holds NaN or infinity; the model cannot be quantized")
 
 
 @torch.no_grad()
@@ -168,13 +181,13 @@ def _first_calls(
     """Runs the model up to its first block: one call, and one [batch, length] tensor of token weights, per batch."""
     if states is None:
         return [], []
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     denoise, first_block = adapter.denoiser(model), adapter.block_list(model)[0]
     calls, weights = [], []
     for start in range(0, len(states.batch), batch_size):
         rows = slice(start, start + batch_size)
         ids, keep = states.batch.ids[rows].to(device), states.batch.attention_mask[rows].to(device)
-        calls.append(capture_block_call(model, first_block, lambda ids=ids, keep=keep: denoise(ids, keep)))
+        calls.append(capture_block_call(model, first_block, functools.partial(denoise, ids, keep)))
         weights.append(states.weights[rows].to(device))
     return calls, weights
 
@@ -183,6 +196,7 @@ def _group_statistics(
     block: nn.Module, linear: nn.Module, calls: Sequence[BlockCall], weights: Sequence[Tensor]
 ) -> HessianAccumulator:
     """Accumulates the weighted Hessian of the input that `linear` shares with its group."""
+    assert isinstance(linear, nn.Linear)
     accumulator = HessianAccumulator(linear.in_features, device=linear.weight.device)
     for call, token_weights in zip(calls, weights, strict=True):
 

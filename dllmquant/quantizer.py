@@ -127,7 +127,8 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         try:
             states = None
             if settings is not None:
-                assert tokenizer is not None and prompts is not None
+                assert tokenizer is not None
+                assert prompts is not None
                 states = collect_states(
                     target, tokenizer, prompts, settings, recipe.token_weights, seed=recipe.seed, progress=progress
                 )
@@ -204,6 +205,7 @@ def _attach_config(model: PreTrainedModel, plan: Plan, recipe: Recipe, states: C
         states_hash=None if states is None else states.content_hash(),
     )
     model.config.quantization_config = config
-    model.hf_quantizer = DLLMQuantHfQuantizer(config, pre_quantized=True)
-    model.is_quantized = True
+    # transformers sets these two on models it loads quantized; its annotations know modules and tensors only.
+    model.hf_quantizer = DLLMQuantHfQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
+    model.is_quantized = True  # type: ignore[assignment]
     model.config.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

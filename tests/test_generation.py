@@ -1,5 +1,5 @@
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -237,8 +237,8 @@ def test_a_tokenizer_without_eos_is_an_error(model: LLaDAModelLM, tokenizer: Pre
 
 
 def test_other_models_are_errors(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match="Linear.* is not a known diffusion LLM"):
-        dllmquant.generate(torch.nn.Linear(2, 2), tokenizer, PROMPTS)
+    with pytest.raises(ValueError, match=r"Linear.* is not a known diffusion LLM"):
+        dllmquant.generate(cast("PreTrainedModel", torch.nn.Linear(2, 2)), tokenizer, PROMPTS)
 
 
 # What generation leaves alone

@@ -176,7 +176,9 @@ def test_a_model_that_is_not_a_diffusion_llm_is_an_error():
     bert = BertModel(
         BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=32)
     )
-    with pytest.raises(ValueError, match=r"model_type 'bert' \(BertModel\) is not a known diffusion LLM; known: .*llada"):
+    with pytest.raises(
+        ValueError, match=r"model_type 'bert' \(BertModel\) is not a known diffusion LLM; known: .*llada"
+    ):
         DLLMQuantizer("rtn-w4a4").quantize(bert, progress=False)
 
 

@@ -8,6 +8,7 @@ one drawn from each), ties broken so that prompts and blocks take turns; nothing
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -117,7 +118,7 @@ def _stratified(
     edges = [len(order) * i // count for i in range(count + 1)] if count else [0]
     used = torch.zeros(candidates.shape[0], dtype=torch.long)
     chosen = []
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in pairwise(edges):
         stratum = [order[position] for position in range(low, high)]
         pick = min(stratum, key=lambda i: (int(used[where[i, 0]]), i))  # i is a place in the shuffle: ties are random
         used[where[pick, 0]] += 1

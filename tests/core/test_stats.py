@@ -1,5 +1,7 @@
 """The weighted Hessian against a sum over single tokens in float64."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -99,7 +101,7 @@ def test_any_split_and_any_merge_give_the_same(cuts: list[int], merged: bool, se
     x, weights = tokens(12, seed=seed)
     weights[seed % 12] = 0
     edges = [0, *sorted(cuts), 12]
-    parts = [(x[low:high], weights[low:high]) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    parts = [(x[low:high], weights[low:high]) for low, high in pairwise(edges)]
     if merged:
         accumulator = HessianAccumulator(FEATURES, dtype=torch.float64)
         for part in reversed(parts):

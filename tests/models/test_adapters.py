@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,10 +23,9 @@ FAMILIES = sorted(registered_adapters())
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undoes what a test registers."""
     monkeypatch.setattr(adapters, "_ADAPTERS", registered_adapters())
-    yield
 
 
 @contextmanager
@@ -120,12 +120,13 @@ class TestContract:
         with hooked(blocks, lambda name, args, kwargs, output: calls.append((args, kwargs, output))), torch.no_grad():
             adapter.denoiser(model)(*draw(model, adapter))
         assert len(calls) == len(blocks) > 1
-        for (args, kwargs, output), (next_args, next_kwargs, _) in zip(calls, calls[1:], strict=False):
+        for (args, kwargs, output), (next_args, next_kwargs, _) in itertools.pairwise(calls):
             stream = output[0] if isinstance(output, tuple) else output
-            assert isinstance(args[0], Tensor) and args[0].shape == stream.shape
+            assert args[0].shape == stream.shape
             assert torch.equal(next_args[0], stream)
             assert all(a is b for a, b in zip(args[1:], next_args[1:], strict=True))
-            assert kwargs.keys() == next_kwargs.keys() and all(kwargs[key] is next_kwargs[key] for key in kwargs)
+            assert kwargs.keys() == next_kwargs.keys()
+            assert all(kwargs[key] is next_kwargs[key] for key in kwargs)
 
     def test_embedding_head_and_mask_token(self, model: PreTrainedModel, adapter: ModelAdapter) -> None:
         embedding = model.get_submodule(adapter.embedding)
@@ -136,8 +137,9 @@ class TestContract:
         ids, keep = draw(model, adapter)
         with hooked({"head": head}, lambda name, args, kwargs, output: logits.append(output)), torch.no_grad():
             denoised = adapter.denoiser(model)(ids, keep)
-        assert len(logits) == 1 and logits[0].shape == denoised.shape
-        assert denoised.shape[:2] == ids.shape and denoised.shape[2] > adapter.mask_id(model.config)
+        assert [output.shape for output in logits] == [denoised.shape]
+        assert denoised.shape[:2] == ids.shape
+        assert denoised.shape[2] > adapter.mask_id(model.config)
 
     def test_padding_is_hidden_and_rows_are_independent(self, model: PreTrainedModel, adapter: ModelAdapter) -> None:
         denoise = adapter.denoiser(model)
@@ -236,12 +238,13 @@ def test_a_users_model_generates_after_one_registration() -> None:
     model = user_model(vocab_size=len(tokenizer), mask_id=tokenizer.mask_token_id)
     prompts = [" tom is in", "q: anna has 3 apples. how many remain? a:"]
     options = {"steps": 3, "gen_length": 6, "block_length": 6}
-    with pytest.raises(ValueError, match="'mean_mixer' .MeanMixer. is not a known diffusion LLM; known: llada"):
+    with pytest.raises(ValueError, match=r"'mean_mixer' \(MeanMixer\) is not a known diffusion LLM; known: llada"):
         dllmquant.generate(model, tokenizer, prompts, **options)
     register_adapter(user_adapter())
     user_adapter().validate(model)
     texts = dllmquant.generate(model, tokenizer, prompts, **options)
-    assert len(texts) == 2 and any(texts)
+    assert len(texts) == 2
+    assert any(texts)
     assert [dllmquant.generate(model, tokenizer, [prompt], **options)[0] for prompt in prompts] == texts
 
 
@@ -339,7 +342,7 @@ def test_mask_ids_that_are_no_token_are_errors(value: Any) -> None:
 
 
 def test_a_configuration_without_the_key_is_an_error() -> None:
-    with pytest.raises(ValueError, match="config.absent is None, not a token id"):
+    with pytest.raises(ValueError, match=r"config\.absent is None, not a token id"):
         user_adapter(mask_token_id="absent").mask_id(MeanMixerConfig())
 
 
@@ -405,15 +408,20 @@ def test_denoisers_align_shifted_logits() -> None:
 
 @pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize(("shift", "first"), [(0, 1), (1, 0)])
-def test_shifted_models_generate_from_the_last_prompt_token(shift: int, first: int) -> None:
+def test_shifted_models_generate_from_the_last_prompt_token(
+    shift: int, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A model that predicts each position's index, read at the position itself or one before it."""
     tokenizer = bundled_tokenizer()
     register_adapter(user_adapter(logits_shift=shift))
     model = user_model(vocab_size=len(tokenizer), mask_id=tokenizer.mask_token_id)
     counting = NextPosition()
-    model.forward = lambda input_ids, attention_mask: MaskedLMOutput(
-        logits=nn.functional.pad(counting(input_ids, attention_mask).logits, (3, len(tokenizer) - 19))
-    )
+
+    def forward(input_ids: Tensor, attention_mask: Tensor) -> MaskedLMOutput:
+        logits = counting(input_ids, attention_mask).logits
+        return MaskedLMOutput(logits=nn.functional.pad(logits, (3, len(tokenizer) - 19)))
+
+    monkeypatch.setattr(model, "forward", forward)
     generation = dllmquant.generation.generate_tokens(
         model, tokenizer, [" tom is in", " tom"], steps=4, gen_length=4, block_length=4
     )

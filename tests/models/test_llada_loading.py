@@ -1,5 +1,4 @@
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +149,9 @@ def test_configuration_round_trip(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is LLaDAConfig
-    own = {key: value for key, value in config.to_dict().items() if key not in ("transformers_version", "_name_or_path")}
-    assert {key: loaded.to_dict()[key] for key in own} == own
+    for key, value in config.to_dict().items():
+        if key not in ("transformers_version", "_name_or_path"):
+            assert loaded.to_dict()[key] == value, key
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["model_type"] == "llada"
     assert saved["rope_theta"] == 77.0
@@ -264,7 +264,7 @@ def test_loading_information_is_returned_when_asked_for(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, published_weights())
     model, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert type(model) is LLaDAModelLM
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
 # Quantized checkpoints
@@ -272,6 +272,9 @@ def test_loading_information_is_returned_when_asked_for(tmp_path: Path) -> None:
 
 class ScaledLinear(nn.Module):
     """int8 codes under the key `weight`, one scale per row."""
+
+    weight: Tensor
+    weight_scale: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -282,12 +285,12 @@ class ScaledLinear(nn.Module):
         return x @ (self.weight * self.weight_scale).to(x.dtype).T
 
 
-class ScaledConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class ScaledConfig(QuantizationConfigMixin):
     def __init__(self, **unused: Any) -> None:
-        self.quant_method = "toy-scaled"
+        self.quant_method = "toy-scaled"  # type: ignore[assignment]
 
 
-class ScaledQuantizer(HfQuantizer):  # type: ignore[misc]
+class ScaledQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -307,10 +310,9 @@ class ScaledQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 @pytest.fixture
-def toy_quantization(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def toy_quantization(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "toy-scaled", ScaledConfig)
     monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "toy-scaled", ScaledQuantizer)
-    yield
 
 
 def quantized_weights() -> dict[str, Tensor]:
@@ -326,7 +328,7 @@ def test_quantized_checkpoints_load_through_their_quantizer(tmp_path: Path) -> N
     weights = quantized_weights()
     write_checkpoint(tmp_path, weights, SMALL | {"quantization_config": {"quant_method": "toy-scaled"}})
     model, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     up = model.get_submodule("model.transformer.blocks.1.up_proj")
     assert isinstance(up, ScaledLinear)
     assert torch.equal(up.weight, weights["model.transformer.blocks.1.up_proj.weight"])

@@ -370,9 +370,7 @@ def test_loss_is_the_mean_cross_entropy_of_labelled_positions() -> None:
     output = model(input_ids=ids, labels=labels)
     probabilities = expected(model, ids).exp()
     probabilities /= probabilities.sum(-1, keepdim=True)
-    terms = [
-        -math.log(float(probabilities[row, j, targets[row, j]])) for row, j in (ids == MASK).nonzero().tolist()
-    ]
+    terms = [-math.log(float(probabilities[row, j, targets[row, j]])) for row, j in (ids == MASK).nonzero().tolist()]
     assert output.loss.item() == pytest.approx(sum(terms) / len(terms), abs=1e-5)
     loss, logits = model(input_ids=ids, labels=labels, return_dict=False)
     assert torch.equal(loss, output.loss)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from dllmquant.models import LLaDAConfig, LLaDAModelLM
 
@@ -29,7 +30,8 @@ def tiny_config(**changes: Any) -> LLaDAConfig:
 
 def tiny_model(seed: int = 0, *, dtype: torch.dtype = torch.float32, **changes: Any) -> LLaDAModelLM:
     """A model whose weights, norms and biases are all far from their initial values, in evaluation mode."""
-    model = LLaDAModelLM(tiny_config(**changes)).to(dtype)
+    model = LLaDAModelLM(tiny_config(**changes))
+    nn.Module.to(model, dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -136,7 +136,6 @@ def test_datasets_are_lazy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert drawn < 50
 
 
-
 # Answers, each derived again from the text
 
 
@@ -175,7 +174,8 @@ def test_math_answers_follow_from_the_story(items: dict[tuple[str, str], list[It
         story = item.prompt.removeprefix("q: ").removesuffix(" a:")
         start, *steps, question = re.findall(r"[^.?]+[.?]", story)
         chain = re.findall(r"\d+", start) + [told_operation(step.strip()) for step in steps]
-        assert len(re.findall(r"\d+", start)) == 1 and question.endswith("?")
+        assert len(re.findall(r"\d+", start)) == 1
+        assert question.endswith("?")
         assert item.key == f"math {''.join(chain)}"
 
 
@@ -185,10 +185,12 @@ def test_math_answers_show_their_work(items: dict[tuple[str, str], list[Item]]) 
         chain = item.key.removeprefix("math ")
         work, final = item.answer.split(" #### ")
         steps = re.findall(r" (\d+) ?([-+*/]) ?(\d+) ?= ?(\d+)\.", work)
-        assert re.sub(r"[^.]+\.", "", work) == "" and work.count(".") == len(steps)
+        assert work.endswith(".")
+        assert work.count(".") == len(steps)
         assert chain == steps[0][0] + "".join(operation + b for _, operation, b, _ in steps)
         for a, operation, b, c in steps:
-            assert eval(f"{a} {operation} {b} == {c}") and 1 <= int(c) <= LARGEST
+            assert eval(f"{a} {operation} {b} == {c}")
+            assert 1 <= int(c) <= LARGEST
         assert all(before[3] == after[0] for before, after in itertools.pairwise(steps))
         assert final == steps[-1][3] == str(left_to_right(chain)) == extract_answer(item.answer)
         lengths[len(steps)] += 1

@@ -7,7 +7,7 @@ load unchanged and without remote code. Positions are relative (RoPE), so left a
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +70,8 @@ class LLaDABlock(nn.Module):
         self.ff_out = nn.Linear(hidden, width, bias=config.include_bias)
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
-        return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+        split: Tensor = x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+        return split
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Maps the residual stream [batch, length, d_model] to the next one.
@@ -91,7 +92,8 @@ class LLaDABlock(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
         x = x + self.attn_out(attended.transpose(1, 2).flatten(-2))
         h = self.ff_norm(x)
-        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+        out: Tensor = x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+        return out
 
 
 class LLaDAModel(nn.Module):
@@ -113,13 +115,14 @@ class LLaDAModel(nn.Module):
     def forward(self, x: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns logits [batch, length, embedding_size] and the last hidden state for embeddings `x`."""
         config, body = self.config, self.transformer
+        blocks, embedding = cast("nn.ModuleList", body["blocks"]), cast("nn.Embedding", body["wte"])
         if config.input_emb_norm:
             x = x * math.sqrt(config.d_model)
         cos, sin = rotary_cos_sin(x.shape[1], config.d_model // config.n_heads, config.rope_theta, x.device)
-        for block in body["blocks"]:
+        for block in blocks:
             x = block(x, cos, sin, attention_mask=attention_mask)
         x = body["ln_f"](x)
-        logits = F.linear(x, body["wte"].weight) if config.weight_tying else body["ff_out"](x)
+        logits = F.linear(x, embedding.weight) if config.weight_tying else body["ff_out"](x)
         return (logits / math.sqrt(config.d_model) if config.scale_logits else logits), x
 
 
@@ -166,7 +169,7 @@ class LLaDAModelLM(PreTrainedModel):
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__(config)
         self.model = LLaDAModel(config)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_pretrained(
@@ -189,9 +192,10 @@ class LLaDAModelLM(PreTrainedModel):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         ignores_sizes = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
+        model, info = loaded
         mismatched = () if ignores_sizes else info["mismatched_keys"]
         problems = [
             f"{problem}: {', '.join(sorted(names))}"
@@ -209,8 +213,10 @@ class LLaDAModelLM(PreTrainedModel):
             )
         return (model, info) if wants_info else model
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Writes a checkpoint as `PreTrainedModel.save_pretrained` does, but so that an interrupted write is never read.
+    def save_pretrained(  # type: ignore[override] # everything but the directory is passed through by name
+        self, save_directory: str | os.PathLike[str], **kwargs: Any
+    ) -> None:
+        """Writes a checkpoint as `PreTrainedModel.save_pretrained` does, but an interrupted write is never read.
 
         Args:
             save_directory: Target directory; weights of an earlier checkpoint in it are replaced.
@@ -232,7 +238,8 @@ class LLaDAModelLM(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """Returns the token embedding."""
-        return self.model.transformer["wte"]
+        embedding: nn.Module = self.model.transformer["wte"]
+        return embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replaces the token embedding."""
@@ -240,7 +247,8 @@ class LLaDAModelLM(PreTrainedModel):
 
     def get_output_embeddings(self) -> nn.Module:
         """Returns the output head: a linear layer, or the embedding itself when `weight_tying` is set."""
-        return self.model.transformer["wte" if self.config.weight_tying else "ff_out"]
+        head: nn.Module = self.model.transformer["wte" if self.config.weight_tying else "ff_out"]
+        return head
 
     def forward(
         self,
@@ -275,7 +283,7 @@ class LLaDAModelLM(PreTrainedModel):
             raise ValueError(f"LLaDA forward: unsupported arguments {sorted(unused)} (use_cache={use_cache})")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("LLaDA forward: give exactly one of input_ids and inputs_embeds")
-        embeds = inputs_embeds if input_ids is None else self.model.transformer["wte"](input_ids)
+        embeds = self.model.transformer["wte"](input_ids) if inputs_embeds is None else inputs_embeds
         mask = expand_attention_mask(attention_mask, embeds.shape[:2], self.config.n_heads)
         logits, hidden = self.model(embeds, mask)
         loss = None
