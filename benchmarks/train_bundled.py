@@ -1,6 +1,6 @@
 """Trains the bundled LLaDA on the procedurally generated tasks and writes it as a Hugging Face checkpoint.
 
-    python benchmarks/train_bundled.py --output runs/llada-tiny --seed 0 --steps 8000
+    python benchmarks/train_bundled.py --output runs/llada-tiny --seed 0 --steps 6500
 
 Masked-diffusion training as LLaDA's instruction tuning does it: the prompt stays visible, each response token is
 masked with probability t ~ U(0, 1), and the response is filled with [EOS]. Half of the sequences are masked the way
@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import math
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,12 +25,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dllmquant.models.llada import LLaDAConfig, LLaDAModelLM
 from dllmquant.tasks import iterate
+from dllmquant.tasks.items import Item, is_held_out
+from dllmquant.tasks.math import make_drill
 from dllmquant.tasks.tokenizer import build_tokenizer
 
 logger = logging.getLogger("train_bundled")
 
 # task: (sequences per step, prompt tokens, possible response tokens)
-BATCHES = {"math": (40, 48, (32,)), "code": (32, 40, (16, 16, 32)), "qa": (8, 28, (3, 4, 8))}
+BATCHES = {
+    "math": (20, 46, (32,)),
+    "drill": (32, 16, (32,)),
+    "code": (32, 42, (16, 16, 32)),
+    "qa": (6, 28, (3, 4, 8)),
+}
 BLOCK = 8
 
 
@@ -37,7 +45,7 @@ def batches(task: str, tokenizer, seed: int, generator: torch.Generator) -> Iter
     """Yields (ids [rows, length], padding mask [rows, length], response length) forever."""
     rows, prompt_length, response_lengths = BATCHES[task]
     eos = tokenizer.eos_token_id
-    stream = iterate(task, "train", seed)
+    stream = drills(seed) if task == "drill" else iterate(task, "train", seed)
     while True:
         choice = int(torch.randint(len(response_lengths), (), generator=generator))
         response_length = response_lengths[choice]
@@ -52,6 +60,12 @@ def batches(task: str, tokenizer, seed: int, generator: torch.Generator) -> Iter
             ids[row, start : start + len(text)] = torch.tensor(text)
             keep[row, start:] = True
         yield ids, keep, response_length
+
+
+def drills(seed: int) -> Iterator[Item]:
+    """Yields bare chains of the training split."""
+    rng = random.Random(f"drill {seed}")
+    return (item for item in iter(lambda: make_drill(rng), None) if not is_held_out(item.key))
 
 
 def draw_masks(response: Tensor, eos: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -112,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory of the checkpoint and training state")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the data stream and the masks")
-    parser.add_argument("--steps", type=int, default=8000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=6500, help="optimizer steps")
     parser.add_argument("--width", type=int, default=128, help="d_model; heads are 32 wide, the MLP 3x as wide")
     parser.add_argument("--layers", type=int, default=5, help="transformer blocks")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")

@@ -4,10 +4,9 @@ A copy of `core` and `nn` and of their tests is broken and run apart, under an o
 text no longer occurs exactly once is an error, so the list cannot rot.
 """
 
-import os
+import multiprocessing
+import runpy
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,20 +106,44 @@ MUTANTS = [
 ]
 
 
+DRIVER = """
+import os, sys, pytest
+from pathlib import Path
+here = Path(__file__).parent
+os.chdir(here)
+sys.path.insert(0, str(here))
+log = os.open("log.txt", os.O_WRONLY | os.O_CREAT)
+os.dup2(log, 1), os.dup2(log, 2)
+sys.exit(int(pytest.main(["-c", "pytest.ini", "--rootdir", ".", *Path("files.txt").read_text().split()])))
+"""
+INI = """[pytest]
+pythonpath = .
+addopts = --import-mode=importlib -p no:cacheprovider -q -x
+"""
+
+
 def copy_sources(target: Path) -> None:
     for folder in ("dllmquant/core", "dllmquant/nn", "tests/core", "tests/nn", "tests/oracles"):
         shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "tests/conftest.py", target / "tests")
     (target / "dllmquant/__init__.py").write_text('"""Nothing but core and nn."""\n')
-    (target / "pytest.ini").write_text(
-        "[pytest]\npythonpath = .\naddopts = --import-mode=importlib -p no:cacheprovider -q -x\n"
-    )
+    (target / "pytest.ini").write_text(INI)
+    (target / "driver.py").write_text(DRIVER)
 
 
-def run_tests(target: Path, *files: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(target), "PYTHONDONTWRITEBYTECODE": "1"}
-    environment.pop("PYTEST_ADDOPTS", None)
-    command = [sys.executable, "-m", "pytest", "-c", "pytest.ini", "--rootdir", ".", *files]
-    return subprocess.run(command, cwd=target, env=environment, capture_output=True, text=True, check=False)
+def run_tests(target: Path, *files: str) -> tuple[int, str]:
+    """Runs test files of the copy in a process of their own; returns pytest's exit code and what it printed.
+
+    A fork server that has loaded the heavy modules, and nothing of this project, spares each run the imports.
+    """
+    (target / "files.txt").write_text("\n".join(files))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "numpy", "einops", "hypothesis", "pytest"])
+    process = context.Process(target=runpy.run_path, args=(str(target / "driver.py"),))
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode, (target / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
@@ -135,8 +158,8 @@ def test_every_mutant_still_applies(mutant: Mutant) -> None:
 def test_the_unbroken_copy_passes(tmp_path: Path) -> None:
     """Else a mutant would die of the copying."""
     copy_sources(tmp_path)
-    result = run_tests(tmp_path, *sorted({mutant.test_file for mutant in MUTANTS}))
-    assert result.returncode == pytest.ExitCode.OK, result.stdout
+    code, output = run_tests(tmp_path, *sorted({mutant.test_file for mutant in MUTANTS}))
+    assert code == pytest.ExitCode.OK, output
 
 
 @pytest.mark.slow
@@ -148,5 +171,5 @@ def test_mutant_dies(mutant: Mutant, tmp_path: Path) -> None:
     assert text.count(mutant.old) == 1, f"{mutant.module}: {mutant.old!r} no longer occurs exactly once"
     broken.write_text(text.replace(mutant.old, mutant.new))
     compile(broken.read_text(), str(broken), "exec")  # a syntax error would die of itself
-    result = run_tests(tmp_path, mutant.test_file)
-    assert result.returncode == pytest.ExitCode.TESTS_FAILED, f"survived: {mutant}\n{result.stdout[-2000:]}"
+    code, output = run_tests(tmp_path, mutant.test_file)
+    assert code == pytest.ExitCode.TESTS_FAILED, f"survived: {mutant}\n{output[-2000:]}"

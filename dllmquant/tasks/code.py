@@ -39,9 +39,9 @@ def make_item(rng: random.Random) -> Item:
 
 
 def _list_program(rng: random.Random) -> tuple[str, str]:
-    values = rng.sample(range(10), rng.randint(3, 4))
+    values = rng.sample(range(10), rng.randint(3, 5))
     lines = [f"x = {values}"]
-    for _ in range(rng.choices((0, 1, 2), weights=(3, 5, 2))[0]):
+    for _ in range(rng.choices((0, 1, 2), weights=(4, 5, 1))[0]):
         lines.append(_change_list(values, rng))
     last = rng.choices(tuple(_LIST_RESULTS), weights=(8, 4, 4, 1, 1, 1, 1, 1))[0]
     return f"{'; '.join(lines)}; print({last})", str(_LIST_RESULTS[last](values))
@@ -73,7 +73,7 @@ def _change_list(values: list[int], rng: random.Random) -> str:
 
 
 def _string_program(rng: random.Random) -> tuple[str, str]:
-    text = "".join(rng.sample("0123456789", rng.randint(3, 4)))
+    text = "".join(rng.sample("0123456789", rng.randint(3, 5)))
     lines = [f's = "{text}"']
     for _ in range(rng.randint(0, 1)):
         text, line = _change_string(text, rng)

@@ -28,7 +28,7 @@ def trajectories(lengths: list[int], steps: int | None = None) -> dict[str, Tens
 
 def select(record: dict[str, Tensor], num_states: int, seed: int = 0, **options: Any) -> Selection:
     generator = torch.Generator().manual_seed(seed)
-    return select_states(**record, num_states=num_states, generator=generator, **options)
+    return select_states(**record, num_states=num_states, generator=generator, **options)  # type: ignore[arg-type]
 
 
 def quarter(step: int, length: int, parts: int = 4) -> int:

@@ -1,0 +1,6 @@
+"""`python -m dllmquant`."""
+
+from dllmquant.cli import main
+
+if __name__ == "__main__":
+    main()
