@@ -1,10 +1,9 @@
 """Measures recipes on a model: free-running accuracy against 16 bits on the same held-out problems.
 
-    python benchmarks/accuracy.py --model llada-tiny --recipes rtn-w4a4 gptq-w4a4 dllmquant-w4a4 --limit 1000 \
-        --output runs/accuracy
+    python benchmarks/accuracy.py --recipes rtn-w4a4 gptq-w4a4 dllmquant-w4a4 --limit 1000 --output runs/accuracy
 
-Every cell is saved as it is measured (per-item results, JSON), so an interrupted run goes on where it stopped. The table
-goes to standard output and to OUTPUT/table.md.
+Every cell is saved as it is measured (per-item results, JSON), so an interrupted run goes on where it stopped. The
+table goes to standard output and to OUTPUT/table.md.
 """
 
 import argparse
@@ -15,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import dllmquant
-from dllmquant import DLLMQuantizer, Recipe
+from dllmquant import DLLMQuantizer
 from dllmquant.assets import bundled_names
 from dllmquant.checkpoint import weight_bytes
 from dllmquant.lab.evaluate import Evaluation, evaluate
@@ -25,23 +24,17 @@ logger = logging.getLogger("accuracy")
 
 
 def measure(path: str, recipe: str | None, args: argparse.Namespace) -> tuple[Evaluation, float]:
-    """Returns the evaluation of a recipe (None: 16 bits) and its bytes per quantized weight, from disk if done before."""
+    """Returns a recipe's evaluation (None: 16 bits) and its bytes per quantized weight, from disk if done before."""
     file = args.output / f"{recipe or '16-bit'}.seed{args.seed}.json"
-    model = AutoModel.from_pretrained(path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if recipe is not None and not file.exists():
-        DLLMQuantizer(recipe).quantize(model, tokenizer=tokenizer, seed=args.seed, progress=False)
     if not file.exists():
         logger.info("measuring %s", recipe or "16-bit")
+        model, tokenizer = AutoModel.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        if recipe is not None:
+            DLLMQuantizer(recipe).quantize(model, tokenizer=tokenizer, seed=args.seed, progress=False)
         evaluate(model, tokenizer, args.tasks, limit=args.limit, mc_num=args.mc_num, progress=False).save(file)
-    size = 2.0
-    if recipe is not None:
-        settings = Recipe.load(recipe).weights
-        rtn = {"weights": settings.model_dump() | {"solver": "rtn", "act_order": False}, "calibration": None}
-        size = weight_bytes(
-            DLLMQuantizer(rtn).quantize(AutoModel.from_pretrained(path), progress=False)
-        ).bytes_per_quantized_weight
-    return Evaluation.load(file), size
+        size = weight_bytes(model).bytes_per_quantized_weight if recipe is not None else 2.0
+        file.with_suffix(".bytes").write_text(f"{size}\n")
+    return Evaluation.load(file), float(file.with_suffix(".bytes").read_text())
 
 
 def pooled(base: Evaluation, other: Evaluation, tasks: list[str]) -> PairedDifference:
@@ -75,7 +68,7 @@ def main() -> None:
     for recipe in (None, *args.recipes):
         result, size = measure(path, recipe, args)
         cells = [f"{result.scores[task].accuracy:.1%}" for task in args.tasks]
-        difference = "–"
+        difference = ""
         if recipe is not None:
             d = pooled(base, result, generated)
             difference = f"{100 * d.difference:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"

@@ -10,7 +10,6 @@ resume from the newest training state in the output directory.
 
 import argparse
 import itertools
-import json
 import logging
 import math
 import random
@@ -88,6 +87,21 @@ def draw_masks(response: Tensor, eos: int, generator: torch.Generator) -> tuple[
     return hidden, trained
 
 
+def masked_loss(
+    model: LLaDAModelLM, ids: Tensor, keep: Tensor, length: int, tokenizer, generator: torch.Generator
+) -> Tensor:
+    """Mean cross-entropy of the trained masked tokens of a batch."""
+    response = ids[:, -length:]
+    hidden, trained = draw_masks(response, tokenizer.eos_token_id, generator)
+    noisy = ids.clone()
+    noisy[:, -length:][hidden] = tokenizer.mask_token_id
+    # On CPUs the unfused attention's backward is several times faster than the flash kernel's at these lengths.
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        logits = model(noisy, attention_mask=keep).logits[:, -length:]
+    loss = F.cross_entropy(logits.float().flatten(0, 1), response.flatten(), reduction="none")
+    return (loss * trained.flatten()).sum() / trained.sum()
+
+
 def learning_rate_factor(step: int, steps: int, warmup: int = 200, decay: float = 0.5) -> float:
     """Warm-up, plateau, then linear decay to zero over the last `decay` of the run."""
     return min(1.0, (step + 1) / warmup, max(0.0, (steps - step) / (decay * steps)))
@@ -108,6 +122,7 @@ def build_model(tokenizer, args: argparse.Namespace) -> LLaDAModelLM:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         architectures=["LLaDAModelLM"],
+        sampler_defaults={"steps": 32, "gen_length": 32, "block_length": BLOCK},
     )
     return LLaDAModelLM(config)
 
@@ -169,16 +184,7 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = peak * learning_rate_factor(step, args.steps)
         for task, stream in streams.items():
-            ids, keep, length = next(stream)
-            response = ids[:, -length:]
-            hidden, trained = draw_masks(response, tokenizer.eos_token_id, generator)
-            noisy = ids.clone()
-            noisy[:, -length:][hidden] = tokenizer.mask_token_id
-            # On CPUs the unfused attention's backward is several times faster than the flash kernel's at these lengths.
-            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-                logits = model(noisy, attention_mask=keep).logits[:, -length:]
-            loss = F.cross_entropy(logits.float().flatten(0, 1), response.flatten(), reduction="none")
-            loss = (loss * trained.flatten()).sum() / trained.sum()
+            loss = masked_loss(model, *next(stream), tokenizer, generator)
             (loss / len(streams)).backward()
             content[task] = 0.99 * content[task] + 0.01 * float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -195,8 +201,6 @@ def main() -> None:
     save_state(args.stop_after or args.steps)
     model.to(torch.bfloat16).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    sampler = {"steps": 32, "gen_length": 32, "block_length": BLOCK}
-    (args.output / "sampler_config.json").write_text(json.dumps(sampler, indent=2) + "\n")
     logger.info("done in %.0f s", seconds + time.perf_counter() - began)
 
 

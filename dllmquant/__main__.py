@@ -1,4 +1,4 @@
-"""`python -m dllmquant`."""
+"""Runs the command line interface: `python -m dllmquant`."""
 
 from dllmquant.cli import main
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-class StopForward(Exception):  # noqa: N818 - a signal, not an error
+class StopForward(Exception):
     """Ends a forward pass early; raised by a hook and caught by whoever installed it."""
 
 

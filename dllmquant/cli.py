@@ -1,216 +1,344 @@
-"""The command line: one function per command; its docstring is its help."""
+"""The command line: one function per command, whose help is its docstring.
+
+Whatever is wrong with the input is found before a model is loaded. It ends in one line, `error: ...`, on standard error
+and exit code 2; `--debug` shows the traceback as well.
+"""
 
 import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from safetensors import SafetensorError
+from typer.core import TyperGroup
+
+from dllmquant._version import __version__
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from dllmquant.decoding import SamplerConfig
+    from dllmquant.lab.evaluate import Evaluation
+    from dllmquant.quantizer import DLLMQuantizer
+    from dllmquant.recipe import Recipe
 
-app = typer.Typer(
-    name="dllmquant",
-    help="Post-training quantization for diffusion language models.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-)
-
-Model = Annotated[str, typer.Argument(help="Directory, hub id, or bundled name such as llada-tiny.", metavar="MODEL")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Prompts decoded together.")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps in all.")]
-GenLength = Annotated[int | None, typer.Option(help="Tokens to generate.")]
-BlockLength = Annotated[int | None, typer.Option(help="Tokens per block.")]
-Temperature = Annotated[float | None, typer.Option(help="0 takes the most likely token.")]
-CfgScale = Annotated[float | None, typer.Option(help="Classifier-free guidance; doubles the work.")]
-Remasking = Annotated[Literal["low_confidence", "random"] | None, typer.Option(help="Which candidates to keep.")]
-Threshold = Annotated[float | None, typer.Option(help="Commit every candidate at least this confident, per step.")]
+# Loading less than this is over before a progress bar can be read.
+_QUICK_BYTES = 2**30
 
 
-def _version(show: bool) -> None:
-    if show:
-        from dllmquant._version import __version__
+class Dtype(StrEnum):
+    """Floating-point types a model can be loaded in."""
 
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Remasking(StrEnum):
+    """Orders in which a sampler commits tokens."""
+
+    low_confidence = "low_confidence"
+    random = "random"
+
+
+class _Group(TyperGroup):
+    """Turns the errors a user can cause into one line and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # the reader has gone; typer ends quietly
+        except (ValueError, OSError, SafetensorError) as error:
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            typer.echo(f"error: {_one_line(error)}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+
+def main() -> None:
+    """Runs the command line interface."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without, say, `░` still gets the rest
+    app(prog_name="dllmquant")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"dllmquant {__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def _common(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the library logs.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+def _global_options(
+    ctx: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    verbose: Annotated[
+        int,
+        typer.Option("--verbose", "-v", count=True, show_default=False, help="Log what is done; -vv logs more."),
+    ] = 0,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
+    """Post-training quantization of diffusion language models.
+
+    Start with the demonstration, which needs no download and no GPU:
+
+        dllmquant demo
+
+    Options of the program stand before the command: dllmquant -v quantize ...
+    """
+    logger = logging.getLogger("dllmquant")
+    previous = logger.level
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel({0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG))
+
+    def restore() -> None:
+        logger.removeHandler(handler)
+        logger.setLevel(previous)
+
+    ctx.call_on_close(restore)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments that several commands share
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", show_default=False, help="Directory, hub id (owner/name), or bundled model."),
+]
+Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of everything random.")]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="Such as cpu or cuda:1; auto takes a GPU if there is one.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Type to load the model in; auto is the checkpoint's own.")]
+BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Sequences per forward pass.")]
+Steps = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Denoising steps of a generation. [default: the checkpoint's]")
+]
+GenLength = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Tokens to generate. [default: the checkpoint's]")
+]
+BlockLength = Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens per block; divides --gen-length.")]
+Temperature = Annotated[float | None, typer.Option(min=0.0, metavar="T", help="0 always takes the likeliest token.")]
+CfgScale = Annotated[
+    float | None,
+    typer.Option(min=0.0, metavar="S", help="Classifier-free guidance; 0 is off, else every step doubles."),
+]
+RemaskingOption = Annotated[
+    Remasking | None, typer.Option(help="Which tokens to commit: the most confident, or random ones.")
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0, max=1.0, metavar="P", help="Commit every token at least this confident, instead of a fixed number."
+    ),
+]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
 
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Directory for checkpoints, table and picture.")] = Path("demo-output"),
-    limit: Annotated[int, typer.Option(min=1, help="Held-out problems per task.")] = 200,
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="Directory for checkpoints, picture, numbers and table.")
+    ] = Path("demo-output"),
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Held-out problems per task.")] = 200,
     seed: Seed = 0,
 ) -> None:
-    """Quantize the bundled model by three recipes and measure what each loses.
+    """Quantize the bundled model in three ways and measure each, in a few minutes on a CPU.
 
-    Saves and reloads every checkpoint, decodes the same held-out problems with each, prints a table and one problem's
-    denoising side by side, and writes OUTPUT/demo.png. Takes a few minutes on two CPU cores.
+    The model is quantized to 4-bit weights and activations by rounding, by GPTQ and by DLLMQuant; saved, reloaded,
+    and evaluated on held-out problems. DIR then holds the checkpoints, demo.png, demo.json and demo.md.
 
-    Example: `dllmquant demo --output demo-output`
+    For example:
+
+        dllmquant demo --output demo-output --limit 50
     """
-    _quiet()
     from dllmquant.lab.demo import run_demo
 
-    result = run_demo(output, limit=limit, seed=seed, progress=_interactive(), say=lambda line: typer.echo(f"· {line}"))
-    typer.echo(f"\n{result.table}\n\n{result.denoising}\n")
-    typer.echo(
-        f"{result.seconds:.0f} s, peak memory {result.peak_bytes / 2**30:.2f} GiB; "
-        f"picture: {result.picture}, numbers: {output / 'demo.json'}"
-    )
+    _check_writable(output, "output")
+    with _tamed_transformers(bars=False):
+        result = run_demo(
+            output, limit=limit, seed=seed, progress=_interactive(), report=lambda line: typer.echo(line, err=True)
+        )
+    typer.echo(result.text)
 
 
 @app.command()
 def quantize(
     model: Model,
-    recipe: Annotated[str, typer.Option(help="Built-in name (see `dllmquant recipes`) or path of a YAML file.")],
-    output: Annotated[Path, typer.Option(help="Directory of the new checkpoint.")],
+    recipe: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="Built-in recipe (see dllmquant recipes) or a YAML file.")
+    ],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the checkpoint; new or empty.")],
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help='Calibration prompts: a text file, one per line, or .jsonl with "prompt" [and "completion"].'
+            metavar="FILE",
+            help="Calibration prompts: .txt, one per line, or .jsonl, objects with prompt and, if any, completion. "
+            "[default: built-in problems]",
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Replaces the recipe's seed.")] = None,
-    device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Type of what stays unpacked.")
-    ] = "auto",
-    overwrite: Annotated[bool, typer.Option(help="Write into a directory that is not empty.")] = False,
+    seed: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Seed of the calibration. [default: the recipe's]")
+    ] = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: Device = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the checkpoint in a directory that is not empty.")
+    ] = False,
 ) -> None:
-    """Quantize a model and save it with its tokenizer.
+    """Quantize a model by a recipe and save it.
 
-    Examples:
+    The result is a checkpoint directory for transformers, with the tokenizer. Inputs are checked before the model
+    is loaded.
 
-    `dllmquant quantize llada-tiny --recipe dllmquant-w4a4 --output out`
+    For example:
 
-    `dllmquant quantize GSAI-ML/LLaDA-8B-Instruct --recipe dllmquant-w4a16 --prompts mine.jsonl --output out`
+        dllmquant quantize llada-tiny --recipe dllmquant-w4a4 --output out
+
+        dllmquant quantize llada-tiny --recipe rtn-w8a8 --output out8
     """
-    from dllmquant.recipe import Recipe
-
-    resolved = Recipe.load(recipe)
-    given = None if prompts is None else _read_prompts(prompts)
-    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output: {output} exists and is not empty; choose another or pass --overwrite")
-    _quiet()
-    from dllmquant.checkpoint import weight_bytes
     from dllmquant.quantizer import DLLMQuantizer
 
-    loaded, tokenizer = _load(model, device, dtype)
-    quantizer = DLLMQuantizer(resolved)
-    quantizer.quantize(loaded, tokenizer=tokenizer, prompts=given, seed=seed, save_dir=output, progress=_interactive())
-    size = weight_bytes(loaded)
-    typer.echo(f"{resolved.name}: {resolved.summary()}")
-    typer.echo(
-        f"{len(quantizer.reports)} layers packed, {size.bytes_per_quantized_weight:.3f} bytes per weight; "
-        f"all weights {size.total_bytes / 1e6:.2f} MB; saved to {output}"
-    )
+    quantizer = DLLMQuantizer(recipe)
+    _check_output(output, overwrite)
+    rows = None if prompts is None else _read_prompts(prompts, quantizer.recipe)
+    where = _device(device)
+    calibration = quantizer.recipe.calibration
+    source, config = _find_model(model, None if calibration is None else calibration.sampler)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"model: {model} is quantized already; give the 16-bit original")
+    if output.exists() and Path(source).is_dir() and output.samefile(source):
+        raise ValueError(f"output: {output} is the directory of the model itself; give another")
+    with _tamed_transformers(bars=not _is_quick(source)):
+        tokenizer = _load_tokenizer(source)
+        loaded = _load_model(source, dtype, where)
+        began = time.perf_counter()
+        quantizer.quantize(loaded, tokenizer=tokenizer, prompts=rows, seed=seed, progress=_interactive())
+        seconds = time.perf_counter() - began
+        loaded.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+    typer.echo(_quantization_report(quantizer, loaded, output, seconds))
 
 
 @app.command()
 def generate(
     model: Model,
-    prompts: Annotated[list[str] | None, typer.Argument(help="Texts; standard input, line by line, if none.")] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PROMPT]...", show_default=False, help="Prompts; none reads one per line from stdin."),
+    ] = None,
     steps: Steps = None,
     gen_length: GenLength = None,
     block_length: BlockLength = None,
     temperature: Temperature = None,
     cfg_scale: CfgScale = None,
-    remasking: Remasking = None,
+    remasking: RemaskingOption = None,
     threshold: Threshold = None,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
-    device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
+    dtype: DtypeOption = Dtype.auto,
+    device: Device = "auto",
 ) -> None:
-    """Generate completions with the model family's own sampler.
+    """Complete prompts with the model's own sampler, one completion after the other.
 
-    Settings that are not given are the checkpoint's own.
+    The model may be quantized or not. Sampler settings that are not given are the checkpoint's.
 
-    Example: `dllmquant generate llada-tiny "q: tom has 7 apples. tom buys 5 more. how many remain? a:"`
+    For example:
+
+        dllmquant generate out "q: tom has 7 apples. tom buys 5 more. how many remain? a:"
+
+        dllmquant generate llada-tiny --threshold 0.9 < prompts.txt
     """
-    texts = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if not texts:
-        raise ValueError("prompts: none given, and standard input is empty")
-    _quiet()
-    from dllmquant.generation import generate as run
+    from dllmquant.generation import generate as complete
 
-    loaded, tokenizer = _load(model, device)
-    completions = run(
-        loaded,
-        tokenizer,
-        texts,
-        seed=seed,
-        batch_size=batch_size,
-        progress=_interactive() and len(texts) > batch_size,
-        steps=steps,
-        gen_length=gen_length,
-        block_length=block_length,
-        temperature=temperature,
-        cfg_scale=cfg_scale,
-        remasking=remasking,
-        threshold=threshold,
-    )
-    for completion in completions:
-        typer.echo(completion)
+    texts = prompts or _prompts_from_stdin()
+    for index, text in enumerate(texts):
+        if not text.strip():
+            raise ValueError(f"prompt {index + 1} is empty; give some text")
+    sampler = _sampler_options(steps, gen_length, block_length, temperature, cfg_scale, remasking, threshold)
+    where = _device(device)
+    source, _ = _find_model(model, sampler)
+    with _tamed_transformers(bars=not _is_quick(source)):
+        tokenizer = _load_tokenizer(source)
+        loaded = _load_model(source, dtype, where)
+    options = {"seed": seed, "batch_size": batch_size, "progress": _interactive(), **sampler}
+    for completion in complete(loaded, tokenizer, texts, **options):
+        typer.echo(completion.strip())
 
 
 @app.command(name="eval")
-def evaluate_command(
+def evaluate_(
     model: Model,
-    tasks: Annotated[str, typer.Option(help="Comma-separated: math, code, qa.")] = "math,code",
-    limit: Annotated[int, typer.Option(min=1, help="Held-out problems per task.")] = 200,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where per-problem results go.")] = None,
-    compare: Annotated[Path | None, typer.Option(help="Results of another run of the same problems.")] = None,
-    mc_num: Annotated[int, typer.Option(min=1, help="Monte Carlo samples per choice (qa).")] = 32,
+    tasks: Annotated[str, typer.Option(metavar="LIST", help="Tasks, separated by commas.")] = "math,code,qa",
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Held-out problems per task.")] = 200,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the results, one entry per problem.")
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Hold the results against those of an earlier run, problem by problem."),
+    ] = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 64,
+    mc_num: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Masks drawn per choice in tasks scored by likelihood.")
+    ] = 128,
     steps: Steps = None,
     gen_length: GenLength = None,
     block_length: BlockLength = None,
     temperature: Temperature = None,
     cfg_scale: CfgScale = None,
-    remasking: Remasking = None,
+    remasking: RemaskingOption = None,
     threshold: Threshold = None,
-    seed: Seed = 0,
-    batch_size: BatchSize = 64,
-    device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
+    dtype: DtypeOption = Dtype.auto,
+    device: Device = "auto",
 ) -> None:
-    """Measure a model on held-out problems by free-running generation.
+    """Measure a model on held-out problems and, with --compare, against an earlier run on the same problems.
 
-    Example: `dllmquant eval out --tasks math,code --limit 1000 --json q.json --compare fp.json`
+    Differences come with the 95% interval of a paired bootstrap and the p-value of McNemar's exact test.
+
+    For example:
+
+        dllmquant eval llada-tiny --json full.json
+
+        dllmquant eval out --json out.json --compare full.json
     """
-    from dllmquant.tasks import TASKS
-
-    names = [name.strip() for name in tasks.split(",")]
-    for name in names:
-        if name not in TASKS:
-            raise ValueError(f"--tasks: unknown {name!r}; valid: {', '.join(TASKS)}")
-    _quiet()
     from dllmquant.lab.evaluate import Evaluation, evaluate
     from dllmquant.lab.evaluate import compare as compare_evaluations
 
-    other = None if compare is None else Evaluation.load(compare)
-    loaded, tokenizer = _load(model, device)
-    result = evaluate(
+    names = _task_names(tasks)
+    earlier = None if compare is None else Evaluation.load(compare)
+    if earlier is not None:
+        _check_comparable(earlier, {"tasks": names, "limit": limit, "seed": seed}, compare)
+    if json_file is not None:
+        if json_file.is_dir():
+            raise ValueError(f"json: {json_file} is a directory; give a file")
+        _check_writable(json_file.parent, "json")
+    sampler = _sampler_options(steps, gen_length, block_length, temperature, cfg_scale, remasking, threshold)
+    where = _device(device)
+    source, _ = _find_model(model, sampler)
+    with _tamed_transformers(bars=not _is_quick(source)):
+        tokenizer = _load_tokenizer(source)
+        loaded = _load_model(source, dtype, where)
+    run = evaluate(
         loaded,
         tokenizer,
         names,
@@ -219,161 +347,368 @@ def evaluate_command(
         batch_size=batch_size,
         mc_num=mc_num,
         progress=_interactive(),
-        steps=steps,
-        gen_length=gen_length,
-        block_length=block_length,
-        temperature=temperature,
-        cfg_scale=cfg_scale,
-        remasking=remasking,
-        threshold=threshold,
+        **sampler,
     )
+    typer.echo(_scores_table(run))
     if json_file is not None:
-        result.save(json_file)
-    for name, score in result.scores.items():
-        typer.echo(
-            f"{name}: {score.accuracy:.1%} [{score.low:.1%}, {score.high:.1%}] of {score.n}; "
-            f"truncated {score.truncation_rate:.1%}; {score.forward_passes} forward passes; "
-            f"{score.tokens_per_second:.0f} tokens/s"
-        )
-    if other is not None:
-        for d in compare_evaluations(other, result):
-            typer.echo(
-                f"{d.task} against {compare}: {100 * d.difference:+.1f} points "
-                f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}], McNemar p = {d.p_value:.2g}"
-            )
+        run.save(json_file)
+        typer.echo(f"\nwrote {json_file}")
+    if earlier is not None:
+        typer.echo(f"\n{_differences_table(compare_evaluations(earlier, run), earlier, run, str(compare))}")
 
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Print this recipe with every setting spelled out.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", show_default=False, help="A recipe to print; none lists the built-in ones."),
+    ] = None,
 ) -> None:
-    """List the built-in recipes, or print one.
+    """List the built-in recipes, or print one as YAML with every setting spelled out.
 
-    Example: `dllmquant recipes dllmquant-w4a4 > mine.yaml`
+    What is printed is a recipe itself: save it, change it, and give the file to quantize.
+
+    For example:
+
+        dllmquant recipes
+
+        dllmquant recipes dllmquant-w4a4 > mine.yaml
     """
+    from dllmquant.lab.tables import aligned
     from dllmquant.recipe import Recipe
 
     if name is not None:
-        typer.echo(Recipe.load(name).to_yaml(), nl=False)
+        typer.echo(Recipe.load(name).to_yaml().rstrip())
         return
-    width = max(map(len, Recipe.names()))
-    for known in Recipe.names():
-        typer.echo(f"{known:<{width}}  {Recipe.load(known).summary()}")
+    loaded = [Recipe.load(built_in) for built_in in Recipe.names()]
+    typer.echo(aligned(["recipe", "what it does"], [[recipe.name, recipe.summary()] for recipe in loaded], left=2))
 
 
 @app.command()
 def inspect(
-    directory: Annotated[str, typer.Argument(help="Checkpoint directory, or a bundled name.", metavar="DIR")],
+    model: Annotated[str, typer.Argument(metavar="DIR", show_default=False, help="Checkpoint directory.")],
 ) -> None:
-    """Show what a checkpoint holds: recipe, seed, packed layers, bytes.
+    """Tell what a checkpoint holds: recipe, version, seed, bits, layers, bytes per weight, files.
 
-    Example: `dllmquant inspect out`
+    Reads the configuration and the headers of the weight files; the weights are not loaded.
+
+    For example:
+
+        dllmquant inspect out
     """
-    path = Path(_resolve(directory))
-    if not (path / "config.json").is_file():
-        raise ValueError(f"DIR: {path} holds no config.json, so it is not a checkpoint")
-    _quiet()
-    from dllmquant.checkpoint import weight_bytes
+    from dllmquant.lab.inspection import describe_checkpoint
 
-    model, _ = _load(str(path), "cpu", tokenizer=False)
-    size = weight_bytes(model)
-    files = {file.name: file.stat().st_size for file in sorted(path.glob("*.safetensors"))}
-    typer.echo(f"model: {type(model).__name__} ({model.config.model_type}), {str(model.dtype).removeprefix('torch.')}")
-    typer.echo("files: " + ", ".join(f"{file} {count:,} bytes" for file, count in files.items()))
-    config = getattr(model.config, "quantization_config", None)
-    if config is None:
-        typer.echo(f"not quantized: {size.other_parameters:,} parameters, {size.other_bytes:,} bytes")
-        return
-    from dllmquant.recipe import Recipe
-
-    recipe = Recipe.load(config.recipe)
-    typer.echo(f"recipe: {recipe.name}: {recipe.summary()}")
-    typer.echo(f"written by: dllmquant {config.library_version}, seed {config.seed}, format {config.format_version}")
-    typer.echo(f"calibration states: {config.states_hash or 'none'}")
-    typer.echo(
-        f"packed: {size.quantized_parameters:,} weights in {len(config.modules)} layers, "
-        f"{size.quantized_bytes:,} bytes, "
-        f"{size.bytes_per_quantized_weight:.3f} bytes per weight"
-    )
-    for scheme, count in sorted(_schemes(config.modules).items()):
-        typer.echo(f"  {count} layers: {scheme}")
-    typer.echo(f"not packed: {size.other_parameters:,} parameters, {size.other_bytes:,} bytes")
+    source, config = _find_model(model)
+    if not Path(source).is_dir():
+        raise ValueError(f"model: {model} is not on this disk; give a directory")
+    typer.echo(describe_checkpoint(Path(source), config))
 
 
-def _schemes(modules: dict[str, dict[str, Any]]) -> dict[str, int]:
-    """Counts the packed layers by weight and activation scheme."""
-    counts: dict[str, int] = {}
-    for scheme in modules.values():
-        weight, activation = scheme["weight"], scheme["activation"]
-        text = f"weights {_grid(weight)}; activations {'16 bits' if activation is None else _grid(activation)}"
-        counts[text] = counts.get(text, 0) + 1
-    return counts
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks of the input
 
 
-def _grid(scheme: dict[str, Any]) -> str:
-    group = "whole rows" if scheme["group_size"] is None else f"groups of {scheme['group_size']}"
-    return f"{scheme['bits']} bits, {group}, {'symmetric' if scheme['symmetric'] else 'asymmetric'}"
+def _one_line(error: BaseException) -> str:
+    """An error's message without line breaks; for failed file operations the file and what is wrong with it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
-def _read_prompts(path: Path) -> list[str | tuple[str, str]]:
-    """Reads calibration prompts from a text or .jsonl file."""
-    if not path.is_file():
-        raise ValueError(f"--prompts: no file {path}")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if path.suffix != ".jsonl":
-        return list(lines)
-    prompts: list[str | tuple[str, str]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            prompt, completion = record["prompt"], record.get("completion")
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise ValueError(f'--prompts: {path}, line {number}: not a JSON object with "prompt"') from None
-        prompts.append(prompt if completion is None else (prompt, completion))
+def _check_writable(directory: Path, field: str) -> None:
+    """Checks that a directory can be made or written to, without making it."""
+    existing = directory.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ValueError(f"{field}: {existing} is a file; give a directory")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"{field}: {existing} is not writable")
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    _check_writable(output, "output")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise ValueError(f"output: {output} is not empty; give a new directory, or --overwrite")
+
+
+def _read_prompts(path: Path, recipe: "Recipe") -> "list[str | tuple[str, str]]":
+    """Reads calibration prompts and checks that the recipe can use them."""
+    from dllmquant.calibration import check_prompts, prompts_needed
+
+    if recipe.calibration is None:
+        raise ValueError(f"prompts: recipe {recipe.name!r} uses no calibration data; leave --prompts out")
+    parse = {".txt": _text_line, ".jsonl": _json_line}.get(path.suffix.lower())
+    if parse is None:
+        raise ValueError(f"prompts: {path} is neither .txt nor .jsonl")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts: {path} is not UTF-8 text ({error})") from None
+    prompts = [parse(line, f"prompts: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    try:
+        check_prompts(prompts, prompts_needed(recipe.calibration))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return prompts
 
 
-def _resolve(model: str) -> str:
-    """Returns the directory of a bundled model, or the name as it is."""
+def _text_line(line: str, where: str) -> str:
+    return line
+
+
+def _json_line(line: str, where: str) -> str | tuple[str, str]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
+        raise ValueError(f'{where}: not an object with a non-empty string "prompt"')
+    unknown = sorted(set(row) - {"prompt", "completion"})
+    if unknown:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; valid: prompt, completion")
+    completion = row.get("completion")
+    if completion is None:
+        return str(row["prompt"])
+    if not isinstance(completion, str):
+        raise ValueError(f"{where}: completion is {completion!r}; valid: a string")
+    return row["prompt"], completion
+
+
+def _prompts_from_stdin() -> list[str]:
+    if sys.stdin.isatty():
+        raise ValueError("prompt: none given; give prompts as arguments, or one per line on standard input")
+    texts = [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not texts:
+        raise ValueError("prompt: none given, and standard input is empty")
+    return texts
+
+
+def _task_names(tasks: str) -> list[str]:
+    from dllmquant.tasks import TASKS
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    unknown = [name for name in names if name not in TASKS]
+    if unknown or not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"tasks: {unknown[0] if unknown else tasks!r}; valid: one or more of {', '.join(TASKS)}, each once"
+        )
+    return names
+
+
+def _check_comparable(earlier: "Evaluation", ours: dict[str, Any], path: Path | None) -> None:
+    theirs = {"tasks": list(earlier.scores), **{name: earlier.metadata.get(name) for name in ("limit", "seed")}}
+    for name, value in ours.items():
+        same = sorted(value) == sorted(theirs[name]) if name == "tasks" else value == theirs[name]
+        if not same:
+            raise ValueError(
+                f"compare: {path} was run with {name} {_spelled(theirs[name])}, this is {_spelled(value)}; "
+                "only runs on the same problems can be paired"
+            )
+
+
+def _spelled(value: object) -> str:
+    return ",".join(value) if isinstance(value, list) else str(value)
+
+
+def _sampler_options(
+    steps: int | None,
+    gen_length: int | None,
+    block_length: int | None,
+    temperature: float | None,
+    cfg_scale: float | None,
+    remasking: Remasking | None,
+    threshold: float | None,
+) -> dict[str, Any]:
+    """The sampler settings that were given."""
+    options = {
+        "steps": steps,
+        "gen_length": gen_length,
+        "block_length": block_length,
+        "temperature": temperature,
+        "cfg_scale": cfg_scale,
+        "remasking": None if remasking is None else remasking.value,
+        "threshold": threshold,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device: {name!r} cannot be used ({_one_line(error).split('. ')[0]}); valid: cpu, or a GPU"
+        ) from None
+    return name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def _find_model(name: str, sampler: dict[str, Any] | None = None) -> "tuple[str, PretrainedConfig]":
+    """Resolves a model's name and reads its configuration, which shows whether it is one we know.
+
+    Args:
+        name: Directory, hub id or name of a bundled model.
+        sampler: Sampler settings to check against the checkpoint's.
+
+    Returns:
+        What `from_pretrained` takes, and the configuration.
+
+    Raises:
+        ValueError: There is no such model, it is no diffusion LLM, or the sampler settings do not fit.
+    """
+    from transformers import AutoConfig
+
     from dllmquant.assets import bundled, bundled_names
+    from dllmquant.models import registered_adapters
 
-    return bundled(model) if model in bundled_names() and not Path(model).exists() else model
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        source = str(directory)
+        if not (directory / "config.json").is_file():
+            raise ValueError(f"model: {name} holds no config.json, so it is not a checkpoint")
+    elif name in bundled_names():
+        source = bundled(name)
+    elif directory.exists():
+        raise ValueError(f"model: {name} is a file; give the checkpoint's directory")
+    elif name.count("/") != 1 or name.startswith((".", "~", "/")):
+        raise ValueError(
+            f"model: there is no directory {name!r}; valid: a directory, a hub id (owner/name), or a bundled model: "
+            f"{', '.join(bundled_names())}"
+        )
+    else:
+        source = name
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model: {name} cannot be read: {_one_line(error)}") from error
+    adapters = registered_adapters()
+    if config.model_type not in adapters:
+        raise ValueError(
+            f"model: {name} is a {config.model_type!r}; valid diffusion LLMs: {', '.join(sorted(adapters))}"
+        )
+    adapters[config.model_type].sampler_config(config, **(sampler or {}))
+    return source, config
 
 
-def _load(
-    model: str, device: str, dtype: str = "auto", *, tokenizer: bool = True
-) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """Loads a model and its tokenizer, without remote code."""
-    from transformers import AutoModel, AutoTokenizer
+def _load_tokenizer(source: str) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
 
-    import dllmquant.integrations.transformers
-    import dllmquant.models  # noqa: F401 - registers the families
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: {source} has no tokenizer that can be read: {_one_line(error)}") from error
+    return tokenizer
 
-    path = _resolve(model)
-    loaded = AutoModel.from_pretrained(path, dtype=dtype).to(device)
-    return loaded, AutoTokenizer.from_pretrained(path) if tokenizer else None
+
+def _load_model(source: str, dtype: Dtype, device: str) -> "PreTrainedModel":
+    from transformers import AutoModel
+
+    model: PreTrainedModel = AutoModel.from_pretrained(source, dtype=dtype.value).to(device)
+    return model.eval()
+
+
+def _is_quick(source: str) -> bool:
+    """Whether a model's weights are on this disk and small."""
+    directory = Path(source)
+    return directory.is_dir() and sum(path.stat().st_size for path in directory.glob("*.safetensors")) < _QUICK_BYTES
 
 
 def _interactive() -> bool:
-    """Progress bars are for people who watch."""
     return sys.stderr.isatty()
 
 
-def _quiet() -> None:
-    """Loading a tiny model needs no progress bar."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging as transformers_logging
+@contextmanager
+def _tamed_transformers(*, bars: bool) -> Iterator[None]:
+    """While the context lasts, transformers says what is wrong and nothing else, with progress bars if asked for."""
+    from transformers.utils import logging as noise
 
-    transformers_logging.disable_progress_bar()
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line; errors in the input end with one line and exit code 2."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    level, had_bars = noise.get_verbosity(), noise.is_progress_bar_enabled()
+    noise.set_verbosity_error()
+    if not (bars and _interactive()):
+        noise.disable_progress_bar()
     try:
-        app(arguments)
-    except (ValueError, OSError, RuntimeError) as error:
-        if "--debug" in arguments:
-            raise
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        yield
+    finally:
+        noise.set_verbosity(level)
+        if had_bars:
+            noise.enable_progress_bar()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reports
+
+
+def _quantization_report(quantizer: "DLLMQuantizer", model: "PreTrainedModel", output: Path, seconds: float) -> str:
+    from dllmquant.checkpoint import weight_bytes
+
+    recipe, reports, size = quantizer.recipe, quantizer.reports, weight_bytes(model)
+    lines = [
+        f"{recipe.name}: {recipe.summary()}",
+        f"quantized {len(reports)} layers, {size.quantized_parameters:,} weights, in {seconds:.1f} s: "
+        f"{size.quantized_bytes:,} bytes, {size.bytes_per_quantized_weight:.3f} per weight",
+        f"kept in 16 or more bits: {size.other_parameters:,} weights, {size.other_bytes:,} bytes",
+    ]
+    losses = [(report.loss, report.name) for report in reports if report.loss is not None]
+    if losses:
+        loss, name = max(losses)
+        lines.append(
+            f"calibrated on {max(report.tokens for report in reports):,} tokens; "
+            f"largest squared output error per token {loss:.4g}, in {name}"
+        )
+    if quantizer.states is not None:
+        lines += [f"note: {note}" for note in quantizer.states.notes]
+    lines.append(
+        f"wrote {output} ({sum(path.stat().st_size for path in output.glob('*.safetensors')):,} bytes of weights)"
+    )
+    return "\n".join(lines)
+
+
+def _scores_table(run: "Evaluation") -> str:
+    from dllmquant.lab.tables import aligned
+
+    rows = [
+        [
+            task,
+            str(score.n),
+            f"{100 * score.accuracy:.1f}%",
+            f"[{100 * score.low:.1f}, {100 * score.high:.1f}]",
+            f"{100 * score.truncation_rate:.1f}%",
+            f"{score.tokens_per_second:.0f}" if score.generated_tokens else "-",
+            f"{score.seconds:.1f}",
+        ]
+        for task, score in run.scores.items()
+    ]
+    return aligned(["task", "n", "accuracy", "95% interval", "truncated", "tokens/s", "seconds"], rows)
+
+
+def _differences_table(differences: Sequence[Any], earlier: "Evaluation", run: "Evaluation", name: str) -> str:
+    from dllmquant.lab.tables import aligned
+
+    rows = [
+        [
+            paired.task,
+            str(paired.n),
+            f"{100 * paired.difference:+.1f}",
+            f"[{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]",
+            str(paired.only_a),
+            str(paired.only_b),
+            f"{paired.p_value:.3g}",
+        ]
+        for paired in differences
+    ]
+    header = ["task", "n", "points", "95% interval", "only earlier right", "only this right", "p"]
+    lines = [f"this run minus {name}, paired by problem, in percentage points", aligned(header, rows)]
+    for kind, a, b in (
+        ("sampler", earlier.sampler, run.sampler),
+        ("setting", *({"mc_num": either.metadata.get("mc_num")} for either in (earlier, run))),
+    ):
+        lines += [f"note: {kind} {key}: {a.get(key)} then, {b[key]} now" for key in b if a.get(key) != b[key]]
+    return "\n".join(lines)

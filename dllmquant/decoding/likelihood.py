@@ -106,9 +106,8 @@ def _draw_masks(length: int, mc_num: int, seed: int, stream: int) -> tuple[Tenso
     generator = torch.Generator().manual_seed(random.Random(f"{seed} {stream}").getrandbits(63))
     first = torch.randint(length, (), generator=generator)
     counts = (first + torch.arange(mc_num) * length // mc_num) % length + 1
-    scores = torch.rand((mc_num, length), generator=generator, dtype=torch.float64)
-    ranks = scores.argsort(dim=1).argsort(dim=1)
-    masks, drawn = torch.unique(ranks < counts.unsqueeze(1), dim=0, return_counts=True)
+    permutations = torch.rand((mc_num, length), generator=generator, dtype=torch.float64).argsort(dim=1)
+    masks, drawn = torch.unique(permutations < counts.unsqueeze(1), dim=0, return_counts=True)
     return masks, drawn.double() / mc_num * length / masks.sum(dim=1)
 
 

@@ -152,9 +152,7 @@ def _color(index: int) -> str:
     return COLORS[index % len(COLORS)]
 
 
-def _check(
-    scores: Mapping[str, Mapping[str, TaskScore]], errors: Mapping[str, StepErrors], baseline: str
-) -> None:
+def _check(scores: Mapping[str, Mapping[str, TaskScore]], errors: Mapping[str, StepErrors], baseline: str) -> None:
     if baseline not in scores:
         raise ValueError(f"baseline is {baseline!r}; valid: {', '.join(scores)}")
     for name, by_task in scores.items():

@@ -47,6 +47,8 @@ class ModelAdapter:
         mask_token_id: The `[MASK]` id, or the name of the configuration key that holds it.
         logits_shift: 0 when logits at a position predict that position; 1 when they predict the next one (Dream).
         attention: "bidirectional" over the whole canvas, or "block_causal".
+        scale_pairs: (producer, consumers) relative to a block: norms or linear layers whose output channels can be
+            scaled if the consumers' input channels are unscaled, without changing the function.
         sampler: The family's default sampler settings; `config.sampler_defaults` of a checkpoint overrides them.
     """
 
@@ -58,6 +60,7 @@ class ModelAdapter:
     mask_token_id: str | int
     logits_shift: Literal[0, 1] = 0
     attention: Literal["bidirectional", "block_causal"] = "bidirectional"
+    scale_pairs: tuple[tuple[str, tuple[str, ...]], ...] = ()
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def validate(self, model: nn.Module) -> None:
@@ -74,6 +77,9 @@ class ModelAdapter:
         if not getattr(config, "tie_word_embeddings", False):
             self._resolve(model, self.head, "head")
         self.mask_id(config)
+        for producer, consumers in self.scale_pairs:
+            for leaf in (producer, *consumers):
+                self._resolve(blocks[0], leaf, "scale_pairs")
         for name, module in self.linears(model):
             if not isinstance(module, nn.Linear):
                 raise ValueError(

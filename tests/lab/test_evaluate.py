@@ -140,6 +140,12 @@ def test_qa_takes_the_most_likely_choice(tokenizer: PreTrainedTokenizerFast) -> 
     assert score.seconds > 0
 
 
+def test_choices_of_a_question_are_equally_long(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Otherwise likelihoods would have to be corrected for length."""
+    for item in take("qa", "heldout", 200, 0):
+        assert len({len(ids) for ids in tokenizer(list(item.choices)).input_ids}) == 1
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("task", ["qa", "math"])
 def test_the_mode_of_the_model(tokenizer: PreTrainedTokenizerFast, task: str, training: bool) -> None:

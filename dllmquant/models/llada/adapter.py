@@ -10,5 +10,10 @@ ADAPTER = ModelAdapter(
     embedding="model.transformer.wte",
     head="model.transformer.ff_out",
     mask_token_id="mask_token_id",
+    scale_pairs=(
+        ("attn_norm", ("q_proj", "k_proj", "v_proj")),
+        ("ff_norm", ("ff_proj", "up_proj")),
+        ("up_proj", ("ff_out",)),
+    ),
     sampler=SamplerConfig(steps=128, gen_length=128, block_length=128),
 )
