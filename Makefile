@@ -1,5 +1,5 @@
 # `make` lists the targets. Everything runs in a virtual environment of its own, installed on first use and again only
-# when pyproject.toml or constraints.txt change.
+# when pyproject.toml or .ci/constraints.txt change.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,8 +19,8 @@ $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "dllmquant needs Python 3.11 or newer, not %d.%d: run make PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 
-$(STAMP): pyproject.toml constraints.txt | $(BIN)/pip
-	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+$(STAMP): pyproject.toml .ci/constraints.txt | $(BIN)/pip
+	$(BIN)/python -m pip install -c .ci/constraints.txt -e ".[dev]"
 	@touch $@
 
 demo: $(STAMP)  ## quantize the bundled model and write the results to demo-output/

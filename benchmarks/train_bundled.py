@@ -127,13 +127,13 @@ def build_model(tokenizer, args: argparse.Namespace) -> LLaDAModelLM:
     return LLaDAModelLM(config)
 
 
-def build_optimizers(model: LLaDAModelLM) -> list[tuple[torch.optim.Optimizer, float]]:
+def build_optimizers(model: LLaDAModelLM, args: argparse.Namespace) -> list[tuple[torch.optim.Optimizer, float]]:
     """Muon for the blocks' matrices, AdamW for embeddings, head and norms; with their peak learning rates."""
     matrices = [p for n, p in model.named_parameters() if ".blocks." in n and p.ndim == 2]
     others = [p for n, p in model.named_parameters() if not (".blocks." in n and p.ndim == 2)]
-    muon = torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01)
-    adam = torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)
-    return [(muon, 0.02), (adam, 3e-3)]
+    muon = torch.optim.Muon(matrices, lr=args.muon_lr, momentum=0.95, weight_decay=0.01)
+    adam = torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
+    return [(muon, args.muon_lr), (adam, args.adam_lr)]
 
 
 def main() -> None:
@@ -144,6 +144,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6500, help="optimizer steps")
     parser.add_argument("--width", type=int, default=128, help="d_model; heads are 32 wide, the MLP 3x as wide")
     parser.add_argument("--layers", type=int, default=5, help="transformer blocks")
+    parser.add_argument("--muon-lr", type=float, default=0.004, help="peak learning rate of the blocks' matrices")
+    parser.add_argument("--adam-lr", type=float, default=0.001, help="peak learning rate of everything else")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--stop-after", type=int, default=None, help="stop at this step, keeping the state")
     args = parser.parse_args()
@@ -154,7 +156,7 @@ def main() -> None:
 
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, args)
-    optimizers = build_optimizers(model)
+    optimizers = build_optimizers(model, args)
     start, seconds, state_file = 0, 0.0, args.output / "training_state.pt"
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)

@@ -497,7 +497,10 @@ def _task_names(tasks: str) -> list[str]:
 
 
 def _check_comparable(earlier: "Evaluation", ours: dict[str, Any], path: Path | None) -> None:
-    theirs = {"tasks": list(earlier.scores), **{name: earlier.metadata.get(name) for name in ("limit", "seed")}}
+    theirs: dict[str, Any] = {
+        "tasks": list(earlier.scores),
+        **{name: earlier.metadata.get(name) for name in ("limit", "seed")},
+    }
     for name, value in ours.items():
         same = sorted(value) == sorted(theirs[name]) if name == "tasks" else value == theirs[name]
         if not same:
@@ -611,8 +614,10 @@ def _load_tokenizer(source: str) -> "PreTrainedTokenizerBase":
 def _load_model(source: str, dtype: Dtype, device: str) -> "PreTrainedModel":
     from transformers import AutoModel
 
-    model: PreTrainedModel = AutoModel.from_pretrained(source, dtype=dtype.value).to(device)
-    return model.eval()
+    model: PreTrainedModel = AutoModel.from_pretrained(source, dtype=dtype.value)
+    nn.Module.to(model, device)
+    model.eval()
+    return model
 
 
 def _is_quick(source: str) -> bool:
@@ -706,9 +711,6 @@ def _differences_table(differences: Sequence[Any], earlier: "Evaluation", run: "
     ]
     header = ["task", "n", "points", "95% interval", "only earlier right", "only this right", "p"]
     lines = [f"this run minus {name}, paired by problem, in percentage points", aligned(header, rows)]
-    for kind, a, b in (
-        ("sampler", earlier.sampler, run.sampler),
-        ("setting", *({"mc_num": either.metadata.get("mc_num")} for either in (earlier, run))),
-    ):
-        lines += [f"note: {kind} {key}: {a.get(key)} then, {b[key]} now" for key in b if a.get(key) != b[key]]
+    then, now = ({**either.sampler, "mc_num": either.metadata.get("mc_num")} for either in (earlier, run))
+    lines += [f"note: {key} was {then.get(key)}, is {now[key]}" for key in now if then.get(key) != now[key]]
     return "\n".join(lines)

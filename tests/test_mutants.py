@@ -17,17 +17,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Mutant:
-    """A break: in dllmquant/`module`.py, `old` becomes `new`; tests/`tests`.py (default: the module's) must fail."""
+    """A break: in dllmquant/`module`.py, `old` becomes `new`; the module's test file must fail."""
 
     name: str
     module: str
     old: str
     new: str
-    tests: str | None = None
 
     @property
     def test_file(self) -> str:
-        folder, _, leaf = (self.tests or self.module).rpartition("/")
+        folder, _, leaf = self.module.rpartition("/")
         return f"tests/{folder}/test_{leaf}.py"
 
 
@@ -76,12 +75,16 @@ MUTANTS = [
     Mutant(
         "zero-point-not-subtracted", "core/grid", "grouped.to(wide) - self.zero[..., None].to(wide)", "grouped.to(wide)"
     ),
+    Mutant(
+        "narrow-weight-not-widened", "core/grid", "torch.promote_types(weight.dtype, torch.float32)", "weight.dtype"
+    ),
     Mutant("rtn-ignores-clip", "core/rtn", "clip=clip, importance=importance", "importance=importance"),
     Mutant("bases-swapped", "core/cgq", "masked, masked_base, unmasked_base", "masked, unmasked_base, masked_base"),
     Mutant("decoded-confidence-kept", "core/cgq", "torch.where(masked, c, 0.0)", "c"),
     Mutant("confidence-not-rooted", "core/cgq", "(m + c.sqrt())", "(m + c)"),
     Mutant("weight-not-squared", "core/cgq", "(m + c.sqrt()).square()", "(m + c.sqrt())"),
     Mutant("segment-shift", "core/tmas", "(valid.cumsum(1) - 1) * len", "valid.cumsum(1) * len"),
+    Mutant("segments-by-column", "core/tmas", "(valid.cumsum(1) - 1) * len", "torch.arange(valid.shape[1]) * len"),
     Mutant("segments-of-padded-length", "core/tmas", "* len(quotas) // steps", "* len(quotas) // valid.shape[1]"),
     Mutant("smallest-remainder", "core/tmas", "(counts[i] - exact[i], i)", "(exact[i] - counts[i], i)"),
     Mutant("lowest-ratio-drawn", "core/tmas", "(int(used[where[i, 0]]), i)", "int(used[where[i, 0]])"),

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -272,7 +272,7 @@ def _row(
     generated = [evaluation.scores[task] for task in GENERATED]
     per_weight = weight_bytes(model).bytes_per_quantized_weight
     if baseline is None:
-        weights = [module.weight for _, module in adapter_for(model).linears(model)]
+        weights = [cast("Tensor", module.weight) for _, module in adapter_for(model).linears(model)]
         per_weight = sum(weight.nbytes for weight in weights) / sum(weight.numel() for weight in weights)
     return DemoRow(
         name=name,

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -74,7 +74,7 @@ def _linears(config: PretrainedConfig) -> dict[str, nn.Linear]:
     content.pop("quantization_config", None)
     with torch.device("meta"):
         skeleton = AutoModel.from_config(type(config).from_dict(content))
-    return dict(adapter_for(skeleton).linears(skeleton))
+    return {name: cast("nn.Linear", module) for name, module in adapter_for(skeleton).linears(skeleton)}
 
 
 def _tensor_bytes(directory: Path) -> dict[str, int]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, MultipleLocator, NullFormatter, PercentFormatter
 
 from dllmquant.lab.evaluate import TaskScore
@@ -46,9 +47,8 @@ def plot_demo(
     _check(scores, errors, baseline)
     others = [name for name in scores if name != baseline]
     styles = {name: index for index, name in enumerate(others)}
-    figure = Figure(figsize=(11.5, 4.9), layout="constrained")
+    figure = Figure(figsize=(11.5, 4.9), layout=ConstrainedLayoutEngine(wspace=0.04, w_pad=0.08, h_pad=0.06))
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(wspace=0.04, w_pad=0.08, h_pad=0.06)
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     _draw_accuracies(left, scores, baseline, others)
     _draw_errors(right, errors, baseline, styles, block_starts)
