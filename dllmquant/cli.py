@@ -614,8 +614,7 @@ def _load_tokenizer(source: str) -> "PreTrainedTokenizerBase":
 def _load_model(source: str, dtype: Dtype, device: str) -> "PreTrainedModel":
     from transformers import AutoModel
 
-    model: PreTrainedModel = AutoModel.from_pretrained(source, dtype=dtype.value)
-    nn.Module.to(model, device)
+    model: PreTrainedModel = AutoModel.from_pretrained(source, dtype=dtype.value, device_map=device)
     model.eval()
     return model
 
