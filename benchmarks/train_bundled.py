@@ -136,8 +136,8 @@ def build_optimizers(model: LLaDAModelLM, args: argparse.Namespace) -> list[tupl
     return [(muon, args.muon_lr), (adam, args.adam_lr)]
 
 
-def main() -> None:
-    """Trains, saving the resumable state as it goes, and writes the checkpoint."""
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory of the checkpoint and training state")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the data stream and the masks")
@@ -148,7 +148,19 @@ def main() -> None:
     parser.add_argument("--adam-lr", type=float, default=0.001, help="peak learning rate of everything else")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--stop-after", type=int, default=None, help="stop at this step, keeping the state")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def set_learning_rates(optimizers: list[tuple[torch.optim.Optimizer, float]], factor: float) -> None:
+    """Sets every optimizer to a fraction of its peak learning rate."""
+    for optimizer, peak in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = peak * factor
+
+
+def main() -> None:
+    """Trains, saving the resumable state as it goes, and writes the checkpoint."""
+    args = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -182,9 +194,7 @@ def main() -> None:
 
     model.train()
     for step in range(start, args.stop_after or args.steps):
-        for optimizer, peak in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = peak * learning_rate_factor(step, args.steps)
+        set_learning_rates(optimizers, learning_rate_factor(step, args.steps))
         for task, stream in streams.items():
             loss = masked_loss(model, *next(stream), tokenizer, generator)
             (loss / len(streams)).backward()

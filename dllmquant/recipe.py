@@ -7,8 +7,6 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-RECIPE_VERSION = 1
-
 _PACKAGE = Path(__file__).resolve().parent
 # In a wheel the recipes lie inside the package, in a checkout beside it.
 _RECIPE_DIRECTORIES = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
@@ -120,7 +118,7 @@ class Recipe(_Section):
         seed: Seed of prompts, sampling and state selection.
     """
 
-    version: Literal[1] = RECIPE_VERSION
+    version: Literal[1] = 1
     name: str = Field(default="custom", min_length=1)
     description: str = ""
     weights: WeightSettings = Field(default_factory=WeightSettings)
@@ -219,7 +217,7 @@ def _explain(error: Any) -> str:
                 "token_weights": TokenWeightSettings,
             }[part]
         return f"{location}: unknown key; valid: {', '.join(section.model_fields)}"
-    message = error["msg"].removeprefix("Value error, ")
+    message: str = error["msg"].removeprefix("Value error, ")
     if not location:
         return message
     return f"{location}: {message} (got {error['input']!r})"

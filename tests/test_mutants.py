@@ -94,7 +94,7 @@ MUTANTS = [
     Mutant("bit-offset", "nn/packing", "codes[..., None] >> shifts", "codes[..., None] >> (shifts + 1)"),
     Mutant("big-endian-bits", "nn/packing", "8) << places", "8) << places.flip(0)"),
     Mutant("unpack-offset", "nn/packing", "columns, bits) << shifts", "columns, bits) << shifts.flip(0)"),
-    Mutant("fast-path-mask", "nn/packing", "& (2**bits - 1)", "& (2**bits - 2)"),
+    Mutant("fast-path-mask", "nn/packing", "& ((1 << bits) - 1)", "& ((1 << bits) - 2)"),
     Mutant("overflow-accepted", "nn/packing", ">= 2**bits", "> 2**bits"),
     Mutant("activation-scale-tripled", "nn/activation", "keepdim=True) / top", "keepdim=True) * 3 / top"),
     Mutant("activation-per-tensor", "nn/activation", "groups.abs().amax(-1, keepdim=True)", "groups.abs().amax()"),

@@ -90,7 +90,7 @@ def test_errors_name_the_field_and_the_valid_choices(document, message):
 def test_files_that_are_not_mappings_are_errors(tmp_path, text):
     path = tmp_path / "broken.yaml"
     path.write_text(text)
-    with pytest.raises(RecipeError, match="broken.yaml"):
+    with pytest.raises(RecipeError, match=r"broken\.yaml"):
         Recipe.load(path)
 
 

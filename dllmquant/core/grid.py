@@ -41,7 +41,7 @@ class Grid:
     @property
     def levels(self) -> int:
         """Number of codes, 2**bits."""
-        return 2**self.bits
+        return 1 << self.bits
 
     def width(self, in_features: int) -> int:
         """Returns the input channels per group.

@@ -28,7 +28,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from tqdm.auto import tqdm
 
 from dllmquant.decoding.remasking import (
     Candidates,

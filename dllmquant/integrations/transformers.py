@@ -21,7 +21,7 @@ from dllmquant.nn.linear import QuantLinear
 QUANT_METHOD = "dllmquant"
 
 
-class DLLMQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class DLLMQuantConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint: everything that says how it was made and how to read it.
 
     Args:
@@ -49,7 +49,7 @@ class DLLMQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment] # annotated as transformers' own enum
         method = unknown.pop("quant_method", QUANT_METHOD)
         if method != QUANT_METHOD or unknown:
             raise CheckpointError(f"quantization_config: unknown fields {sorted(unknown)} (quant_method {method!r})")
@@ -77,7 +77,7 @@ class DLLMQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise CheckpointError(f"quantization_config.modules[{name!r}] is malformed: {error}") from error
 
 
-class DLLMQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
+class DLLMQuantHfQuantizer(HfQuantizer):
     """Swaps packed layers in before the weights are read, and checks them afterwards."""
 
     requires_calibration = True

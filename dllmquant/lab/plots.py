@@ -45,6 +45,21 @@ def plot_demo(
             scores.
     """
     _check(scores, errors, baseline)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = _figure(scores, errors, baseline, title, block_starts)
+    # The software's version would make files differ between installations.
+    figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
+    return path
+
+
+def _figure(
+    scores: Mapping[str, Mapping[str, TaskScore]],
+    errors: Mapping[str, StepErrors],
+    baseline: str,
+    title: str,
+    block_starts: Sequence[int],
+) -> Figure:
     others = [name for name in scores if name != baseline]
     styles = {name: index for index, name in enumerate(others)}
     figure = Figure(figsize=(11.5, 4.9), layout=ConstrainedLayoutEngine(wspace=0.04, w_pad=0.08, h_pad=0.06))
@@ -59,11 +74,7 @@ def plot_demo(
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(title, fontsize=13, fontweight="bold")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The software's version would make files differ between installations.
-    figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
-    return path
+    return figure
 
 
 def _draw_accuracies(

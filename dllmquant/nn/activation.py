@@ -50,15 +50,15 @@ def quantize_activation(x: Tensor, scheme: ActivationScheme) -> Tensor:
     if x.shape[-1] % size:
         raise ValueError(f"group_size: {size} does not divide the {x.shape[-1]} features")
     wide = x.double() if x.dtype == torch.float64 else x.float()
-    groups = wide.unflatten(-1, (-1, size))
+    groups: Tensor = wide.unflatten(-1, (-1, size))
     tiny = torch.finfo(torch.float32).tiny
     if scheme.symmetric:
-        top = 2 ** (scheme.bits - 1) - 1
+        top = (1 << (scheme.bits - 1)) - 1
         scale = (groups.abs().amax(-1, keepdim=True) / top).clamp(min=tiny)
         codes = torch.round(groups / scale).clamp(-top, top)
         return (codes * scale).flatten(-2).to(x.dtype)
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
-    scale = ((high - low) / (2**scheme.bits - 1)).clamp(min=tiny)
+    scale = ((high - low) / ((1 << scheme.bits) - 1)).clamp(min=tiny)
     zero = torch.round(-low / scale)
-    codes = (torch.round(groups / scale) + zero).clamp(0, 2**scheme.bits - 1)
+    codes = (torch.round(groups / scale) + zero).clamp(0, (1 << scheme.bits) - 1)
     return ((codes - zero) * scale).flatten(-2).to(x.dtype)

@@ -52,7 +52,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
         raise ValueError(f"packed: {packed.shape[1]} bytes per row, expected {packed_width(columns, bits)}")
     if 8 % bits == 0:
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-        return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(1)[:, :columns]
+        return ((packed[..., None] >> shifts) & ((1 << bits) - 1)).flatten(1)[:, :columns]
     places = torch.arange(8, dtype=torch.uint8, device=packed.device)
     stream = ((packed[..., None] >> places) & 1).flatten(1)[:, : columns * bits]
     shifts = torch.arange(bits, dtype=torch.uint8, device=packed.device)

@@ -79,33 +79,35 @@ def both(model: LLaDAModelLM, tokenizer: PreTrainedTokenizerFast) -> Evaluation:
 
 
 def test_math_is_scored_by_the_final_number(tokenizer: PreTrainedTokenizerFast) -> None:
-    items = take("math", "heldout", 7, 0)
+    items = take("math", "heldout", 8, 0)
     number = [item.answer.split("#### ")[1] for item in items]
+    operand = next(text for text in re.findall(r"\d+", items[7].answer) if text != number[7])
     script = script_for(
         "math",
-        7,
+        8,
         i1=f" 1 + 1 = 2. #### {number[1]}",  # right number, other working
         i2=items[2].answer + "1",  # a digit too many
         i3=f" {number[3]}",  # no marker
         i4=" tom" * 32,  # fills the generation
         i5="",  # ends at once
+        i7=f" #### {operand}",  # a number of the working
     )
     model = Scripted(tokenizer, script)
-    found = evaluate(model, tokenizer, ["math"], limit=7, progress=False, batch_size=4, **SAMPLER)
-    assert [item.correct for item in found.items] == [True, True, False, False, False, False, True]
-    assert [item.exact for item in found.items] == [True, False, False, False, False, False, True]
-    assert [item.truncated for item in found.items] == [False] * 4 + [True] + [False] * 2
+    found = evaluate(model, tokenizer, ["math"], limit=8, progress=False, batch_size=4, **SAMPLER)
+    assert [item.correct for item in found.items] == [True, True, False, False, False, False, True, False]
+    assert [item.exact for item in found.items] == [True, False, False, False, False, False, True, False]
+    assert [item.truncated for item in found.items] == [False] * 4 + [True] + [False] * 3
     assert [item.completion for item in found.items] == list(script.values())
-    assert [item.steps for item in found.items] == [8] * 7
+    assert [item.steps for item in found.items] == [8] * 8
     for result, item in zip(found.items, items, strict=True):
         assert (result.task, result.key, result.prompt) == ("math", item.key, item.prompt)
         assert result.reference == item.answer
     score = found.scores["math"]
-    assert score.n == 7
-    assert score.accuracy == 3 / 7
-    assert score.exact_match == 2 / 7
-    assert score.truncation_rate == 1 / 7
-    expected = stats.binomtest(3, 7).proportion_ci(0.95, "wilson")
+    assert score.n == 8
+    assert score.accuracy == 3 / 8
+    assert score.exact_match == 2 / 8
+    assert score.truncation_rate == 1 / 8
+    expected = stats.binomtest(3, 8).proportion_ci(0.95, "wilson")
     assert (score.low, score.high) == pytest.approx((expected.low, expected.high))
     assert score.forward_passes == len(model.rows) == 16
     lengths = [len(tokenizer(text).input_ids) if text else 0 for text in script.values()]

@@ -159,6 +159,21 @@ class TestContract:
         assert not changed[1].any()
         assert bool((changed[0] > 0).all()) == (adapter.attention == "bidirectional")
 
+    def test_scaling_pairs_keeps_the_function(self, model: PreTrainedModel, adapter: ModelAdapter) -> None:
+        ids, keep = draw(model, adapter)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            before = adapter.denoiser(model)(ids, keep)
+            for producer, consumers in adapter.scale_pairs:
+                for block in adapter.block_list(model):
+                    module = block.get_submodule(producer)
+                    scale = 2 ** torch.randn(len(module.weight), generator=generator, dtype=torch.float64)
+                    for parameter in module.parameters():  # a norm's gain, or a linear layer's rows and bias
+                        parameter.mul_(scale.reshape(-1, *[1] * (parameter.ndim - 1)))
+                    for consumer in consumers:
+                        block.get_submodule(consumer).weight.div_(scale)
+                torch.testing.assert_close(adapter.denoiser(model)(ids, keep), before, rtol=1e-9, atol=1e-9)
+
     def test_sampler_settings_are_valid(self, model: PreTrainedModel, adapter: ModelAdapter) -> None:
         assert adapter.sampler_config(model.config) == adapter.sampler
 
@@ -287,6 +302,8 @@ def test_unknown_families_are_errors_that_name_the_known_ones(model: nn.Module) 
         ({"linear_groups": (("mix",), ("mlp.up",))}, r"linear_groups: no module 'layers\.0\.mlp\.up'"),
         ({"linear_groups": (("mi",),)}, r"linear_groups: no module 'layers\.0\.mi'"),
         ({"linear_groups": (("",),)}, r"linear_groups: "),
+        ({"scale_pairs": (("norm", ("up",)),)}, "scale_pairs: no module 'norm'"),
+        ({"scale_pairs": (("mix", ("upp",)),)}, "scale_pairs: no module 'upp'"),
         ({"mask_token_id": "mask_token_id"}, "config.mask_token_id is None, not a token id"),
     ],
 )

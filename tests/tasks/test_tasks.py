@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dllmquant import tasks
 from dllmquant.tasks import TASKS, Split, iterate, load, take
 from dllmquant.tasks.items import Item, is_held_out
-from dllmquant.tasks.math import LARGEST, extract_answer
+from dllmquant.tasks.math import LARGEST, extract_answer, make_drill
 from dllmquant.tasks.tokenizer import build_tokenizer
 from tests.bundled import bundled_tokenizer
 
@@ -179,24 +179,45 @@ def test_math_answers_follow_from_the_story(items: dict[tuple[str, str], list[It
         assert item.key == f"math {''.join(chain)}"
 
 
+def check_work(item: Item, work: str) -> list[str]:
+    """Checks the worked steps of a problem against its key; returns their operations."""
+    chain = item.key.removeprefix("math ")
+    steps = re.findall(r" (\d+) ?([-+*/]) ?(\d+) ?= ?(\d+)\.", work)
+    assert work.endswith(".")
+    assert work.count(".") == len(steps)
+    assert chain == steps[0][0] + "".join(operation + b for _, operation, b, _ in steps)
+    for a, operation, b, c in steps:
+        assert eval(f"{a} {operation} {b} == {c}")
+        assert 1 <= int(c) <= LARGEST
+    assert all(before[3] == after[0] for before, after in itertools.pairwise(steps))
+    assert steps[-1][3] == str(left_to_right(chain))
+    return [operation for _, operation, _, _ in steps]
+
+
 def test_math_answers_show_their_work(items: dict[tuple[str, str], list[Item]]) -> None:
     lengths, operations = Counter[int](), Counter[str]()
     for item in both(items, "math"):
-        chain = item.key.removeprefix("math ")
         work, final = item.answer.split(" #### ")
-        steps = re.findall(r" (\d+) ?([-+*/]) ?(\d+) ?= ?(\d+)\.", work)
-        assert work.endswith(".")
-        assert work.count(".") == len(steps)
-        assert chain == steps[0][0] + "".join(operation + b for _, operation, b, _ in steps)
-        for a, operation, b, c in steps:
-            assert eval(f"{a} {operation} {b} == {c}")
-            assert 1 <= int(c) <= LARGEST
-        assert all(before[3] == after[0] for before, after in itertools.pairwise(steps))
-        assert final == steps[-1][3] == str(left_to_right(chain)) == extract_answer(item.answer)
-        lengths[len(steps)] += 1
-        operations.update(operation for _, operation, _, _ in steps)
+        drawn = check_work(item, work)
+        assert final == str(left_to_right(item.key.removeprefix("math "))) == extract_answer(item.answer)
+        lengths[len(drawn)] += 1
+        operations.update(drawn)
     assert sorted(lengths) == [1, 2, 3]
     assert sorted(operations) == ["*", "+", "-", "/"]
+
+
+def test_drills_are_the_same_arithmetic_under_the_same_keys(tokenizer: PreTrainedTokenizerFast) -> None:
+    rng = random.Random(7)
+    drills = [make_drill(rng) for _ in range(500)]
+    lengths = Counter(len(check_work(item, item.answer)) for item in drills)
+    assert sorted(lengths) == [2, 3, 4]
+    assert all(item.prompt == f"q: {item.key.removeprefix('math ')} a:" for item in drills)
+    assert all(item.choices == () and item.label == -1 for item in drills)
+    rows = tokenizer([item.prompt + item.answer for item in drills]).input_ids
+    assert tokenizer.batch_decode(rows) == [item.prompt + item.answer for item in drills]
+    assert tokenizer.unk_token_id not in set(itertools.chain(*rows))
+    assert max(map(len, tokenizer([item.prompt for item in drills]).input_ids)) <= 16
+    assert max(map(len, tokenizer([item.answer for item in drills]).input_ids)) <= 31
 
 
 @pytest.mark.parametrize(
@@ -310,7 +331,7 @@ def test_prompts_and_completions_concatenate(
     assert [prompt + end for prompt, end in zip(prompts, ends, strict=True)] == together
 
 
-@pytest.mark.parametrize(("task", "prompt", "answer"), [("math", 48, 31), ("code", 40, 31), ("qa", 28, 4)])
+@pytest.mark.parametrize(("task", "prompt", "answer"), [("math", 46, 31), ("code", 42, 31), ("qa", 28, 4)])
 def test_texts_fit_the_bundled_model(
     items: dict[tuple[str, str], list[Item]], tokenizer: PreTrainedTokenizerFast, task: str, prompt: int, answer: int
 ) -> None:
