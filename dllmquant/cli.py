@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -161,10 +162,11 @@ def demo(
     limit: Annotated[int, typer.Option(min=1, metavar="N", help="Held-out problems per task.")] = 200,
     seed: Seed = 0,
 ) -> None:
-    """Quantize the bundled model in three ways and measure each, in a few minutes on a CPU.
+    """Quantize the bundled model in three ways and measure each.
 
     The model is quantized to 4-bit weights and activations by rounding, by GPTQ and by DLLMQuant; saved, reloaded,
-    and evaluated on held-out problems. DIR then holds the checkpoints, demo.png, demo.json and demo.md.
+    and evaluated on held-out problems. DIR then holds the checkpoints, demo.png, demo.json and demo.md. This takes
+    a few minutes on a CPU.
 
     For example:
 
@@ -257,9 +259,10 @@ def generate(
     dtype: DtypeOption = Dtype.auto,
     device: Device = "auto",
 ) -> None:
-    """Complete prompts with the model's own sampler, one completion after the other.
+    """Complete prompts with the model's own sampler.
 
-    The model may be quantized or not. Sampler settings that are not given are the checkpoint's.
+    The model may be quantized or not. Sampler settings that are not given are the checkpoint's. Completions are
+    printed in the order of the prompts.
 
     For example:
 
@@ -311,9 +314,10 @@ def evaluate_(
     dtype: DtypeOption = Dtype.auto,
     device: Device = "auto",
 ) -> None:
-    """Measure a model on held-out problems and, with --compare, against an earlier run on the same problems.
+    """Measure a model on held-out problems.
 
-    Differences come with the 95% interval of a paired bootstrap and the p-value of McNemar's exact test.
+    With --compare, also against an earlier run on the same problems: differences come with the 95% interval of a
+    paired bootstrap and the p-value of McNemar's exact test.
 
     For example:
 
@@ -349,6 +353,7 @@ def evaluate_(
         progress=_interactive(),
         **sampler,
     )
+    run = replace(run, metadata=run.metadata | {"model": model})
     typer.echo(_scores_table(run))
     if json_file is not None:
         run.save(json_file)
@@ -364,9 +369,9 @@ def recipes(
         typer.Argument(metavar="[NAME]", show_default=False, help="A recipe to print; none lists the built-in ones."),
     ] = None,
 ) -> None:
-    """List the built-in recipes, or print one as YAML with every setting spelled out.
+    """List the built-in recipes, or print one as YAML.
 
-    What is printed is a recipe itself: save it, change it, and give the file to quantize.
+    What is printed is a recipe itself, every setting spelled out: save it, change it, and give the file to quantize.
 
     For example:
 
@@ -388,9 +393,10 @@ def recipes(
 def inspect(
     model: Annotated[str, typer.Argument(metavar="DIR", show_default=False, help="Checkpoint directory.")],
 ) -> None:
-    """Tell what a checkpoint holds: recipe, version, seed, bits, layers, bytes per weight, files.
+    """Tell what a checkpoint holds.
 
-    Reads the configuration and the headers of the weight files; the weights are not loaded.
+    That is its recipe, version and seed; its layers, their bits and bytes per weight; and its files. The
+    configuration and the headers of the weight files are read; the weights are not loaded.
 
     For example:
 

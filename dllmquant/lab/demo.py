@@ -186,7 +186,7 @@ def run_demo(
     last = resolved[-1].name
     prompt = _telling_prompt(evaluations[baseline], evaluations[last])
     traces = [_trace(target, tokenizer, prompt, seed) for target in (original, quantized)]
-    title = f"{Path(source).name}: {', '.join(sorted({_bits(recipe) for recipe in resolved}))}"
+    title = f"{Path(source).name} quantized to {', '.join(sorted({_bits(recipe) for recipe in resolved}))}"
     figure = plot_demo(
         output / "demo.png",
         scores={name: run.scores for name, run in evaluations.items()},
@@ -343,7 +343,7 @@ def _sections(
     ]
     prompt, baseline, last, traces = shown
     return {
-        "notes": "\n".join(f"- {note}" for note in notes),
+        "notes": "\n".join(textwrap.fill(f"- {note}", 110, subsequent_indent="  ") for note in notes),
         "denoising": _side_by_side(prompt, (baseline, last), traces),
     }
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -139,6 +140,23 @@ def test_denoising_side_by_side(result: DemoResult) -> None:
     assert demo.MASK * 8 in result.text
 
 
+def test_a_worse_model_has_a_negative_difference(result: DemoResult, source: Path) -> None:
+    run = result.evaluations["32-bit"]
+    half = {item.key for item in run.items if item.task == "math"}
+    right, worse = (
+        dataclasses.replace(
+            run,
+            items=tuple(dataclasses.replace(item, correct=item.key not in wrong) for item in run.items),
+        )
+        for wrong in (set(), half)
+    )
+    row = demo._row("x", "", source, AutoModel.from_pretrained(source), worse, right)
+    assert row.difference is not None
+    assert (row.difference.difference, row.difference.only_a, row.difference.only_b) == (-0.5, LIMIT, 0)
+    _, cells = demo._table([result.rows[0], row])
+    assert cells[1][4].startswith("-50.0 [-")
+
+
 def item(prompt: str, completion: str, task: str = "math") -> ItemResult:
     return ItemResult(task, prompt, prompt, "r", completion, False, False, False, 1)
 
@@ -167,17 +185,12 @@ def test_a_change_by_the_round_trip_is_an_error(source: Path, tmp_path: Path, mo
         model = load(path, *args, **kwargs)
         if str(tmp_path) in str(path):
             with torch.no_grad():
-                next(iter(model.parameters())).view(-1)[-1] += 1e-3
+                model.model.transformer["ln_f"].weight[0] += 0.1
         return model
 
     monkeypatch.setattr(demo.AutoModel, "from_pretrained", damaged)
-    monkeypatch.setattr(demo.DLLMQuantizer, "quantize", _quantize_damaged_embedding)
-    with pytest.raises(RuntimeError, match="rtn-w4a4: .* logits changed by saving and loading"):
+    with pytest.raises(RuntimeError, match=r"rtn-w4a4: .* logits changed by saving and loading"):
         run_demo(tmp_path, limit=1, model=source, recipes=["rtn-w4a4"], error_prompts=1, mc_num=1)
-
-
-def _quantize_damaged_embedding(quantizer, model, **unused):
-    return model
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -166,12 +166,12 @@ class TestContract:
             before = adapter.denoiser(model)(ids, keep)
             for producer, consumers in adapter.scale_pairs:
                 for block in adapter.block_list(model):
-                    module = block.get_submodule(producer)
+                    module: Any = block.get_submodule(producer)
                     scale = 2 ** torch.randn(len(module.weight), generator=generator, dtype=torch.float64)
                     for parameter in module.parameters():  # a norm's gain, or a linear layer's rows and bias
                         parameter.mul_(scale.reshape(-1, *[1] * (parameter.ndim - 1)))
                     for consumer in consumers:
-                        block.get_submodule(consumer).weight.div_(scale)
+                        cast("Tensor", block.get_submodule(consumer).weight).div_(scale)
                 torch.testing.assert_close(adapter.denoiser(model)(ids, keep), before, rtol=1e-9, atol=1e-9)
 
     def test_sampler_settings_are_valid(self, model: PreTrainedModel, adapter: ModelAdapter) -> None:

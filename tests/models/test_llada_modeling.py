@@ -327,6 +327,21 @@ def test_sizes_that_do_not_fit_are_errors(changes: dict[str, int], message: str)
         tiny_config(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "biased"),
+    [
+        ({}, []),
+        ({"include_qkv_bias": True}, ["k_proj", "q_proj", "v_proj"]),
+        ({"include_bias": True}, ["attn_out", "ff_out", "ff_proj", "k_proj", "q_proj", "up_proj", "v_proj"]),
+    ],
+)
+def test_biases_are_where_the_configuration_says(changes: dict[str, Any], biased: list[str]) -> None:
+    names = [name for name in tiny_model(**changes).state_dict() if name.endswith(".bias")]
+    expected_names = [f"model.transformer.blocks.{index}.{leaf}.bias" for index in range(2) for leaf in biased]
+    expected_names += ["model.transformer.ff_out.bias"] if "ff_out" in biased else []
+    assert sorted(names) == sorted(expected_names)
+
+
 def test_configuration_fills_in_what_published_files_leave_out() -> None:
     config = LLaDAConfig(d_model=32, n_heads=4, vocab_size=7, mlp_ratio=3, attention_dropout=0.0, precision="amp_bf16")
     assert (config.n_kv_heads, config.mlp_hidden_size, config.embedding_size) == (4, 96, 7)

@@ -217,7 +217,6 @@ def test_drills_are_the_same_arithmetic_under_the_same_keys(tokenizer: PreTraine
     assert tokenizer.batch_decode(rows) == [item.prompt + item.answer for item in drills]
     assert tokenizer.unk_token_id not in set(itertools.chain(*rows))
     assert max(map(len, tokenizer([item.prompt for item in drills]).input_ids)) <= 16
-    assert max(map(len, tokenizer([item.answer for item in drills]).input_ids)) <= 31
 
 
 @pytest.mark.parametrize(
