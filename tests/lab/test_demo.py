@@ -1,6 +1,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -181,14 +182,14 @@ def test_render() -> None:
 def test_a_change_by_the_round_trip_is_an_error(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load = AutoModel.from_pretrained
 
-    def damaged(path: object, *args: object, **kwargs: object) -> object:
+    def damaged(path: Any, *args: Any, **kwargs: Any) -> Any:
         model = load(path, *args, **kwargs)
         if str(tmp_path) in str(path):
             with torch.no_grad():
                 model.model.transformer["ln_f"].weight[0] += 0.1
         return model
 
-    monkeypatch.setattr(demo.AutoModel, "from_pretrained", damaged)
+    monkeypatch.setattr(AutoModel, "from_pretrained", damaged)
     with pytest.raises(RuntimeError, match=r"rtn-w4a4: .* logits changed by saving and loading"):
         run_demo(tmp_path, limit=1, model=source, recipes=["rtn-w4a4"], error_prompts=1, mc_num=1)
 
