@@ -173,15 +173,27 @@ def test_configs_that_do_not_make_sense_are_errors(checkpoint, change, message):
         AutoModel.from_pretrained(checkpoint)
 
 
-def test_without_dllmquant_the_checkpoint_never_loads_with_random_weights(checkpoint):
-    """A fresh process that does not import dllmquant must fail."""
-    program = f"from transformers import AutoModel; AutoModel.from_pretrained({str(checkpoint)!r})"
-    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
-    assert done.returncode != 0
-    with_import = subprocess.run(
-        [sys.executable, "-c", f"import dllmquant; {program}"], check=False, capture_output=True, text=True
-    )
-    assert with_import.returncode == 0, with_import.stderr
+UNREGISTERED = """
+import dllmquant
+from transformers.quantizers import auto
+del auto.AUTO_QUANTIZER_MAPPING["dllmquant"], auto.AUTO_QUANTIZATION_CONFIG_MAPPING["dllmquant"]
+"""
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_without_the_plug_in_a_checkpoint_never_loads_with_other_weights(bits, tmp_path):
+    """Fresh processes: one without dllmquant, one that knows LLaDA but not our quantization method, one with both."""
+    recipe = {"weights": {"solver": "rtn", "bits": bits, "group_size": None}, "calibration": None}
+    DLLMQuantizer(recipe).quantize(tiny_llada(), progress=False).save_pretrained(tmp_path)
+    load = f"from transformers import AutoModel; AutoModel.from_pretrained({str(tmp_path)!r})"
+    errors = {}
+    for name, setup in (("nothing", ""), ("family only", UNREGISTERED), ("dllmquant", "import dllmquant")):
+        done = subprocess.run([sys.executable, "-c", f"{setup}\n{load}"], check=False, capture_output=True, text=True)
+        errors[name] = done.stderr if done.returncode else None
+    assert errors["dllmquant"] is None
+    assert errors["nothing"] is not None
+    assert errors["family only"] is not None
+    assert "shape" in errors["family only"]
 
 
 def test_casting_a_reloaded_model_keeps_its_scales(checkpoint):

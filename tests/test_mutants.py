@@ -103,7 +103,7 @@ MUTANTS = [
     Mutant("activation-in-bfloat16", "nn/activation", "else x.float()", "else x"),
     Mutant("input-not-quantized", "nn/linear", "x = quantize_activation", "quantize_activation"),
     Mutant("bias-forgotten", "nn/linear", "dequantize(x.dtype), self.bias)", "dequantize(x.dtype))"),
-    Mutant("scale-cast-with-the-model", "nn/linear", ".dtype != scale.dtype", ".dtype == scale.dtype"),
+    Mutant("scale-cast-with-the-model", "nn/linear", ".dtype != buffer.dtype", ".dtype == buffer.dtype"),
     Mutant("zero-points-not-counted", "nn/linear", "self.weight_scale.nbytes + zero", "self.weight_scale.nbytes"),
     Mutant("scale-shared", "nn/linear", "weight.scale.clone()", "weight.scale"),
 ]

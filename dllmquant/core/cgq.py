@@ -53,5 +53,6 @@ def token_weights(
     c = confidence.float()
     if decoded_confidence == "zero":
         c = torch.where(masked, c, 0.0)
-    m = torch.where(masked, masked_base, unmasked_base)
+    # Not where(masked, masked_base, unmasked_base): two scalars would be rounded to torch's default dtype first.
+    m = torch.where(masked, torch.full_like(c, masked_base), torch.full_like(c, unmasked_base))
     return (m + c.sqrt()).square()

@@ -10,7 +10,7 @@ from torch import Tensor
 Clip = Literal["none", "mse"]
 
 VALID_BITS = (2, 3, 4, 8)
-_SMALLEST_SCALE = 2.0**-14  # the smallest normal float16; below it the storage type loses precision
+_SMALLEST_SCALE = 2.0**-24  # the smallest positive float16; a higher floor would coarsen the grids of small weights
 # Shrink ratios tried by the "mse" clip; the full range is always among them.
 _SHRINK = tuple(1.0 - 0.025 * step for step in range(29))
 
@@ -33,7 +33,7 @@ class Grid:
     symmetric: bool
 
     def __post_init__(self) -> None:
-        if self.bits not in VALID_BITS:
+        if type(self.bits) is not int or self.bits not in VALID_BITS:
             raise ValueError(f"bits: {self.bits!r} is not supported; valid: {', '.join(map(str, VALID_BITS))}")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size: {self.group_size!r}; valid: a positive integer or None")

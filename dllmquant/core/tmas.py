@@ -53,7 +53,7 @@ def select_states(
     Args:
         mask_ratio: Float [prompts, steps], the share of the generation that is masked.
         valid: bool [prompts, steps], which steps exist; segments are parts of a prompt's existing steps.
-        block: int64 [prompts, steps], the decoding block of each step.
+        block: int64 [prompts, steps] or [steps], the decoding block of each step.
         num_states: How many states to select.
         quotas: Share of the states per segment, first to last; non-negative, summing to 1.
         generator: Randomness; equal generators give equal selections.
@@ -61,6 +61,8 @@ def select_states(
     Raises:
         ValueError: Shapes differ, quotas are invalid, or there are fewer valid states than `num_states`.
     """
+    if valid.ndim == 2 and block.shape == valid.shape[1:]:
+        block = block.expand(valid.shape)
     if not mask_ratio.shape == valid.shape == block.shape or valid.ndim != 2:
         raise ValueError(
             f"mask_ratio, valid, block: shapes {tuple(mask_ratio.shape)}, {tuple(valid.shape)}, {tuple(block.shape)}; "

@@ -19,7 +19,8 @@ class QuantLinear(nn.Module):
     instead of leaving a float weight at random.
 
     Attributes:
-        weight: uint8 [out, ceil(in·bits/8)], packed codes.
+        weight: uint8 [out · ceil(in·bits/8)], packed codes, row after row. One dimension, because at 8 bits a matrix of
+            codes would have the float weight's shape.
         weight_scale: float16 [out, groups]; casting the module never changes its dtype.
         weight_zero_point: uint8 [out, ceil(groups·bits/8)], packed; None on symmetric grids.
         bias: [out] in the compute dtype, or None.
@@ -63,7 +64,7 @@ class QuantLinear(nn.Module):
         self.weight: Tensor
         self.weight_scale: Tensor
         self.weight_zero_point: Tensor | None
-        self.register_buffer("weight", empty(packed_width(in_features, grid.bits), torch.uint8))
+        self.register_buffer("weight", empty(packed_width(in_features, grid.bits), torch.uint8).flatten())
         self.register_buffer("weight_scale", empty(groups, torch.float16))
         zero = None if grid.symmetric else empty(packed_width(groups, grid.bits), torch.uint8)
         self.register_buffer("weight_zero_point", zero)
@@ -75,8 +76,17 @@ class QuantLinear(nn.Module):
     def from_quantized(
         cls, weight: QuantizedWeight, bias: Tensor | None, activation: ActivationScheme | None, dtype: torch.dtype
     ) -> Self:
-        """Packs a quantized weight [out, in] and its bias [out] into a layer that computes in `dtype`."""
+        """Packs a quantized weight [out, in] and its bias [out] into a layer that computes in `dtype`.
+
+        Raises:
+            ValueError: The bias has another shape, or a symmetric weight a zero point that is not the middle code.
+        """
         out_features, in_features = weight.codes.shape
+        middle = weight.grid.levels // 2
+        if weight.grid.symmetric and bool((weight.zero != middle).any()):
+            raise ValueError(f"weight.zero: not {middle} everywhere; valid on a symmetric grid: {middle}")
+        if bias is not None and bias.shape != (out_features,):
+            raise ValueError(f"bias: shape {tuple(bias.shape)}; valid: ({out_features},)")
         layer = cls(
             in_features,
             out_features,
@@ -86,7 +96,7 @@ class QuantLinear(nn.Module):
             device=weight.codes.device,
             dtype=dtype,
         )
-        layer.weight = pack(weight.codes, weight.grid.bits)
+        layer.weight = pack(weight.codes, weight.grid.bits).flatten()
         layer.weight_scale = weight.scale.clone()
         if not weight.grid.symmetric:
             layer.weight_zero_point = pack(weight.zero, weight.grid.bits)
@@ -97,7 +107,7 @@ class QuantLinear(nn.Module):
     def quantized_weight(self) -> QuantizedWeight:
         """Returns the unpacked weight."""
         grid, groups = self.grid, self.weight_scale.shape[1]
-        codes = unpack(self.weight, grid.bits, self.in_features)
+        codes = unpack(self.weight.view(self.out_features, -1), grid.bits, self.in_features)
         if self.weight_zero_point is None:
             zero = torch.full_like(self.weight_scale, grid.levels // 2, dtype=torch.uint8)
         else:
@@ -117,10 +127,12 @@ class QuantLinear(nn.Module):
         return F.linear(x, self.quantized_weight().dequantize(x.dtype), self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        scale = self.weight_scale
+        before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight_scale.dtype != scale.dtype:
-            self.weight_scale = scale.to(self.weight_scale.device)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
         return self
 
     def extra_repr(self) -> str:
