@@ -21,7 +21,7 @@ from dllmquant.assets import bundled
 from dllmquant.checkpoint import weight_bytes
 from dllmquant.decoding import StateBatch
 from dllmquant.generation import generate_tokens
-from dllmquant.lab.evaluate import Evaluation, evaluate
+from dllmquant.lab.evaluate import Evaluation, evaluate, peak_memory
 from dllmquant.lab.plots import plot_demo
 from dllmquant.lab.statistics import PairedDifference, paired_difference
 from dllmquant.lab.stepwise import Reference, StepErrors, record_reference, step_errors
@@ -196,7 +196,7 @@ def run_demo(
         block_starts=reference.block_starts,
     )
     sections = _sections(rows, evaluations, reference, (prompt, baseline, last, traces))
-    seconds, memory = time.perf_counter() - began, _peak_memory()
+    seconds, memory = time.perf_counter() - began, peak_memory()
     closing = f"total time {seconds:.0f} s" + ("" if memory is None else f", peak memory {memory / 2**20:.0f} MiB")
     header, cells = _table(rows)
     numbers, document = output / "demo.json", output / "demo.md"
@@ -398,15 +398,3 @@ def _side_by_side(prompt: str, names: Sequence[str], traces: Sequence[_Trace]) -
 def _write_json(path: Path, document: dict[str, Any]) -> None:
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def _peak_memory() -> int | None:
-    """The largest resident size of this process so far, in bytes."""
-    try:
-        import resource
-    except ImportError:  # not a Unix
-        return None
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

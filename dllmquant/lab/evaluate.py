@@ -212,7 +212,7 @@ def evaluate(
         "limit": limit,
         "batch_size": batch_size,
         "mc_num": mc_num,
-        "peak_memory_bytes": _peak_memory(),
+        "peak_memory_bytes": peak_memory(),
     }
     return Evaluation(tuple(items), scores, asdict(config), metadata)
 
@@ -394,8 +394,8 @@ def _git_sha(root: Path) -> str | None:
         return None
 
 
-def _peak_memory() -> int | None:
-    """The largest resident size of this process so far, in bytes."""
+def peak_memory() -> int | None:
+    """Returns the largest resident size of this process so far, in bytes; None where the platform does not tell."""
     if sys.platform == "win32":
         return None
     import resource
