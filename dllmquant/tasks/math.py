@@ -24,7 +24,7 @@ _QUESTIONS = ("how many {things} now?", "how many {things} does {name} have?", "
 
 
 def make_item(rng: random.Random) -> Item:
-    """Draws a word problem; its prompt is at most 48 tokens and its answer at most 31 of the bundled tokenizer."""
+    """Draws a word problem; prompt and answer are at most 46 and 31 tokens of the bundled tokenizer."""
     length = rng.choices((1, 2, 3), weights=(3, 4, 3))[0]
     value = rng.randint(2, 20)
     words = {"name": rng.choice(NAMES), "things": rng.choice(THINGS)}

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import math
@@ -12,11 +13,13 @@ import pytest
 import torch
 import transformers
 from scipy import stats
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.modeling_outputs import MaskedLMOutput
 
 import dllmquant
+from dllmquant.generation import generate_tokens
 from dllmquant.lab import evaluate as module
 from dllmquant.lab.evaluate import Evaluation, ItemResult, TaskDifference, compare, evaluate
 from dllmquant.models.llada import LLaDAModelLM
@@ -216,10 +219,39 @@ def test_settings_and_metadata(both: Evaluation) -> None:
     assert both.metadata["git_sha"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", both.metadata["git_sha"])
 
 
-def test_the_seed_chooses_items(model: LLaDAModelLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_seed_chooses_items_and_noise(
+    model: LLaDAModelLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = []
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        seeds.append(options["seed"])
+        return generate_tokens(*arguments, **options)
+
+    monkeypatch.setattr(module, "generate_tokens", spy)
     found = evaluate(model, tokenizer, ["code"], limit=2, seed=3, progress=False, **SAMPLER)
     assert [item.key for item in found.items] == [item.key for item in take("code", "heldout", 2, 3)]
     assert found.metadata["seed"] == 3
+    assert seeds == [3]
+
+
+def test_special_tokens_open_the_prompt_only(
+    model: LLaDAModelLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.post_processor = TemplateProcessing(single="[EOS] $A", special_tokens=[("[EOS]", tokenizer.eos_token_id)])
+    opening = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[EOS]", mask_token="[MASK]")
+    seen: list[tuple[list[int], list[int]]] = []
+
+    def spy(denoiser: Any, pairs: Any, **options: Any) -> Tensor:
+        seen.extend(pairs)
+        return torch.zeros(len(pairs), dtype=torch.float64)
+
+    monkeypatch.setattr(module, "log_likelihoods", spy)
+    evaluate(model, opening, ["qa"], limit=1, progress=False)
+    assert len(seen) == 4
+    assert all(prompt[0] == opening.eos_token_id for prompt, _ in seen)
+    assert all(opening.eos_token_id not in [*prompt[1:], *target] for prompt, target in seen)
 
 
 @pytest.mark.parametrize("progress", [True, False])
