@@ -72,6 +72,7 @@ def generate_tokens(
             mask_token_id=adapter.mask_id(model.config),
             pad_token_id=eos if pad is None else pad,
             eos_token_id=eos,
+            eot_token_id=None if adapter.eot_token is None else tokenizer.get_vocab().get(adapter.eot_token),
             generator=torch.Generator().manual_seed(seed) if config.stochastic else None,
             device=device,
             batch_size=batch_size,
@@ -83,11 +84,11 @@ def generate_tokens(
 
 
 def decode_completions(tokenizer: PreTrainedTokenizerBase, generation: Generation) -> list[str]:
-    """Turns generated ids into texts, cut at the first EOS."""
+    """Turns generated ids into texts, cut at the first EOS, without special tokens."""
     texts = []
     for row in generation.tokens.tolist():
         end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
-        texts.append(str(tokenizer.decode(row[:end])))
+        texts.append(str(tokenizer.decode(row[:end], skip_special_tokens=True)))
     return texts
 
 

@@ -278,3 +278,21 @@ def test_weights_and_prompts_are_left_alone(model: LLaDAModelLM, tokenizer: PreT
     dllmquant.generate(model, tokenizer, prompts, temperature=1.0)
     assert prompts == PROMPTS
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_end_of_turn_token_reaches_the_sampler(
+    known: bool, model: LLaDAModelLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLaDA's chat models end turns with <|eot_id|>; a tokenizer without it has nothing to defer but EOS."""
+    seen: list[int | None] = []
+
+    def sample(*args: Any, eot_token_id: int | None, **kwargs: Any) -> Generation:
+        seen.append(eot_token_id)
+        return Generation(torch.zeros(1, 12, dtype=torch.int64), 0, torch.zeros(1, dtype=torch.int64), None)
+
+    monkeypatch.setattr("dllmquant.generation.sample", sample)
+    vocabulary = tokenizer.get_vocab() | ({"<|eot_id|>": 5} if known else {})
+    monkeypatch.setattr(tokenizer, "get_vocab", lambda: vocabulary)
+    generate_tokens(model, tokenizer, PROMPTS[:1], **SETTINGS)
+    assert seen == [5 if known else None]

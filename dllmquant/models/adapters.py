@@ -45,6 +45,8 @@ class ModelAdapter:
         embedding: Path of the token embedding.
         head: Path of the output head (absent from models that tie it to the embedding).
         mask_token_id: The `[MASK]` id, or the name of the configuration key that holds it.
+        eot_token: The token that ends a turn of a chat model, if the family has one beside EOS; used when the tokenizer
+            knows it.
         logits_shift: 0 when logits at a position predict that position; 1 when they predict the next one (Dream).
         attention: "bidirectional" over the whole canvas, or "block_causal".
         scale_pairs: (producer, consumers) relative to a block: norms or linear layers whose output channels can be
@@ -58,6 +60,7 @@ class ModelAdapter:
     embedding: str
     head: str
     mask_token_id: str | int
+    eot_token: str | None = None
     logits_shift: Literal[0, 1] = 0
     attention: Literal["bidirectional", "block_causal"] = "bidirectional"
     scale_pairs: tuple[tuple[str, tuple[str, ...]], ...] = ()

@@ -10,6 +10,7 @@ ADAPTER = ModelAdapter(
     embedding="model.transformer.wte",
     head="model.transformer.ff_out",
     mask_token_id="mask_token_id",
+    eot_token="<|eot_id|>",
     scale_pairs=(
         ("attn_norm", ("q_proj", "k_proj", "v_proj")),
         ("ff_norm", ("ff_proj", "up_proj")),
