@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import LogLocator, MultipleLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import MultipleLocator, PercentFormatter
 
 from dllmquant.lab.evaluate import TaskScore
 from dllmquant.lab.stepwise import StepErrors
@@ -133,7 +133,7 @@ def _draw_errors(
     for name, error in errors.items():
         steps = range(1, len(error.kl.mean) + 1)
         color = _color(styles[name])
-        axes.fill_between(steps, error.kl.low, error.kl.high, color=color, alpha=0.18, linewidth=0)
+        axes.fill_between(steps, error.kl.low, error.kl.high, color=color, alpha=0.13, linewidth=0)
         axes.plot(
             steps,
             error.kl.mean,
@@ -143,13 +143,7 @@ def _draw_errors(
             linewidth=1.6,
             label=name,
         )
-    lowest = min((value for error in errors.values() for value in error.kl.low), default=0.0)
-    if lowest > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,)))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    else:
-        axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0)  # not logarithmic: what matters is the error's size, not how close to nothing it gets
     length = max((len(error.kl.mean) for error in errors.values()), default=1)
     axes.set_xlim(0.3, length + 0.7)
     axes.xaxis.set_major_locator(MultipleLocator(max(1, round(length / 8))))
