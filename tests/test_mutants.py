@@ -79,7 +79,7 @@ MUTANTS = [
         "narrow-weight-not-widened", "core/grid", "torch.promote_types(weight.dtype, torch.float32)", "weight.dtype"
     ),
     Mutant("rtn-ignores-clip", "core/rtn", "clip=clip, importance=importance", "importance=importance"),
-    Mutant("bases-swapped", "core/cgq", "masked, masked_base, unmasked_base", "masked, unmasked_base, masked_base"),
+    Mutant("bases-swapped", "core/cgq", "torch.full_like(c, masked_base),", "torch.full_like(c, unmasked_base),"),
     Mutant("decoded-confidence-kept", "core/cgq", "torch.where(masked, c, 0.0)", "c"),
     Mutant("confidence-not-rooted", "core/cgq", "(m + c.sqrt())", "(m + c)"),
     Mutant("weight-not-squared", "core/cgq", "(m + c.sqrt()).square()", "(m + c.sqrt())"),

@@ -184,8 +184,8 @@ def run_demo(
         rows.append(row)
 
     last = resolved[-1].name
-    prompt = _telling_prompt(evaluations[baseline], evaluations[last])
-    traces = [_trace(target, tokenizer, prompt, seed) for target in (original, quantized)]
+    candidates = _telling_prompts(evaluations[baseline], evaluations[last])
+    prompt, traces = _shown_traces((original, quantized), tokenizer, candidates, seed)
     title = f"{Path(source).name} quantized to {', '.join(sorted({_bits(recipe) for recipe in resolved}))}"
     figure = plot_demo(
         output / "demo.png",
@@ -348,10 +348,32 @@ def _sections(
     }
 
 
-def _telling_prompt(a: Evaluation, b: Evaluation) -> str:
-    """The first prompt that the two models complete differently, or the first one."""
+def _telling_prompts(a: Evaluation, b: Evaluation) -> list[str]:
+    """The prompts that the two models complete differently, or else the first one."""
     pairs = [(x, y) for x, y in zip(a.items, b.items, strict=True) if x.task in GENERATED]
-    return next((x.prompt for x, y in pairs if x.completion != y.completion), pairs[0][0].prompt)
+    return [x.prompt for x, y in pairs if x.completion != y.completion] or [pairs[0][0].prompt]
+
+
+def _shown_traces(
+    models: Sequence[PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    candidates: Sequence[str],
+    seed: int,
+    *,
+    tried: int = 16,
+) -> tuple[str, list[_Trace]]:
+    """The first of some prompts whose texts differ when it is decoded alone, or else the first one, and its traces.
+
+    In 16 bits the rounding depends on what else is in a batch, so a prompt decoded alone may end otherwise than in the
+    evaluation.
+    """
+    found = []
+    for prompt in candidates[:tried]:
+        traces = [_trace(model, tokenizer, prompt, seed) for model in models]
+        found.append((prompt, traces))
+        if len({trace.states[-1][1] for trace in traces}) > 1:
+            return found[-1]
+    return found[0]
 
 
 def _trace(

@@ -162,13 +162,28 @@ def item(prompt: str, completion: str, task: str = "math") -> ItemResult:
     return ItemResult(task, prompt, prompt, "r", completion, False, False, False, 1)
 
 
-def test_telling_prompt() -> None:
+def test_telling_prompts() -> None:
     def run(*items: ItemResult) -> Evaluation:
         return Evaluation(items, {}, {}, {})
 
     a = run(item("q", "1", "qa"), item("p", "1"), item("r", "1"))
-    assert demo._telling_prompt(a, run(item("q", "2", "qa"), item("p", "1"), item("r", "2"))) == "r"
-    assert demo._telling_prompt(a, a) == "p"
+    assert demo._telling_prompts(a, run(item("q", "2", "qa"), item("p", "1"), item("r", "2"))) == ["r"]
+    assert demo._telling_prompts(a, run(item("q", "1", "qa"), item("p", "2"), item("r", "2"))) == ["p", "r"]
+    assert demo._telling_prompts(a, a) == ["p"]
+
+
+def test_shown_prompt_ends_differently_if_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {("a", 0): "x", ("a", 1): "x", ("b", 0): "x", ("b", 1): "y"}
+    monkeypatch.setattr(demo, "_trace", lambda model, _, prompt, seed: demo._Trace(((seed, texts[prompt, model]),)))
+    models: Any = (0, 1)
+
+    def shown(*candidates: str) -> tuple[str, list[str]]:
+        prompt, traces = demo._shown_traces(models, tiny_tokenizer(), candidates, 7)
+        return prompt, [trace.states[-1][1] for trace in traces]
+
+    assert shown("a", "b") == ("b", ["x", "y"])
+    assert shown("b", "a") == ("b", ["x", "y"])
+    assert shown("a", "a") == ("a", ["x", "x"])
 
 
 def test_render() -> None:
