@@ -209,6 +209,18 @@ def test_a_change_by_the_round_trip_is_an_error(source: Path, tmp_path: Path, mo
         run_demo(tmp_path, limit=1, model=source, recipes=["rtn-w4a4"], error_prompts=1, mc_num=1)
 
 
+def test_what_is_evaluated_came_from_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluated = []
+
+    def watched(model: Any, *args: Any, **options: Any) -> Evaluation:
+        evaluated.append(Path(model.config._name_or_path))
+        return evaluate(model, *args, **options)
+
+    monkeypatch.setattr(demo, "evaluate", watched)
+    run_demo(tmp_path, limit=1, model=source, recipes=["rtn-w4a4"], error_prompts=1, mc_num=1)
+    assert evaluated == [source, tmp_path / "rtn-w4a4"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
