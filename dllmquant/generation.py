@@ -44,7 +44,8 @@ def generate_tokens(
         model: A diffusion LLM of a registered family.
         tokenizer: Its tokenizer; must have an EOS token.
         prompts: Texts of any lengths.
-        batch_size: Prompts decoded together; does not change the tokens at temperature 0.
+        batch_size: Prompts decoded together; changes the tokens at temperature 0 only through the rounding of the
+            model's own arithmetic, which in 16 bits depends on the batch.
         seed: Seed of Gumbel noise and random remasking.
         record: Whether to record every denoising step.
         progress: Whether to show a progress bar.

@@ -3,7 +3,8 @@
 The denoising trajectory is cut into equal segments; each gives a fixed share of the states, [0.3, 0.2, 0.2, 0.3] for
 four quarters in the paper. Choices where the paper is silent: the segments have equal numbers of steps; inside a
 segment the states are stratified by mask ratio (sorted by it and cut into as many equal strata as states are wanted,
-one drawn from each), ties broken so that prompts and blocks take turns; nothing is drawn twice.
+one drawn from each, equal ratios in the order of their blocks); of a stratum's states, one of the prompt that has given
+the fewest so far is drawn at random; nothing is drawn twice.
 """
 
 from collections.abc import Sequence
