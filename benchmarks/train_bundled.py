@@ -1,6 +1,6 @@
 """Trains the bundled LLaDA on the procedurally generated tasks and writes it as a Hugging Face checkpoint.
 
-    python benchmarks/train_bundled.py --output runs/llada-tiny --seed 0 --steps 6500
+    python benchmarks/train_bundled.py --output runs/llada-tiny --seed 0 --steps 10000
 
 Masked-diffusion training as LLaDA's instruction tuning does it: the prompt stays visible, each response token is
 masked with probability t ~ U(0, 1), and the response is filled with [EOS]. Half of the sequences are masked the way
@@ -33,9 +33,9 @@ logger = logging.getLogger("train_bundled")
 # task: (sequences per step, prompt tokens, possible response tokens)
 BATCHES = {
     "math": (20, 46, (32,)),
-    "drill": (32, 16, (32,)),
-    "code": (32, 42, (16, 16, 32)),
-    "qa": (6, 28, (3, 4, 8)),
+    "drill": (24, 16, (32,)),
+    "code": (40, 42, (16, 16, 32)),
+    "qa": (20, 28, (3, 4)),
 }
 BLOCK = 8
 
@@ -141,7 +141,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory of the checkpoint and training state")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the data stream and the masks")
-    parser.add_argument("--steps", type=int, default=6500, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=10000, help="optimizer steps")
     parser.add_argument("--width", type=int, default=128, help="d_model; heads are 32 wide, the MLP 3x as wide")
     parser.add_argument("--layers", type=int, default=5, help="transformer blocks")
     parser.add_argument("--muon-lr", type=float, default=0.004, help="peak learning rate of the blocks' matrices")

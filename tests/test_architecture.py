@@ -40,7 +40,7 @@ class Reserved:
 
 
 LAYERS = (
-    Layer("dllmquant.core", frozenset({"dllmquant.core", "torch", "einops"})),
+    Layer("dllmquant.core", frozenset({"dllmquant.core", "torch", "einops", "scipy"})),
     Layer("dllmquant.nn", frozenset({"dllmquant.nn", "dllmquant.core", "torch"})),
     Layer("dllmquant.decoding", frozenset({"dllmquant.decoding", "torch", "tqdm"})),
 )

@@ -95,11 +95,11 @@ def gptq(
             if not act_order and q % width == 0:
                 ready = _up_to_date(w, errors, upper, start, q, end, q + width)
                 fitted = fit_scale(
-                    ready, Grid(grid.bits, None, grid.symmetric), clip=clip, importance=importance[q : q + width]
+                    ready, grid.of_group(group), clip=clip, importance=importance[q : q + width]
                 )
                 scale[:, group], zero[:, group] = fitted[0][:, 0], fitted[1][:, 0]
             s, z = scale[:, group : group + 1], zero[:, group : group + 1]
-            code = quantize_to_grid(w[:, q : q + 1], s, z, Grid(grid.bits, None, grid.symmetric))
+            code = quantize_to_grid(w[:, q : q + 1], s, z, grid.of_group(group))
             codes[:, q] = code[:, 0]
             rounded = (code.to(dtype) - z.to(dtype)) * s.to(dtype)
             error = (w[:, q] - rounded[:, 0]) / upper[q, q]

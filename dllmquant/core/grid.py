@@ -58,6 +58,10 @@ class Grid:
         """Returns the groups per row; see `width`."""
         return in_features // self.width(in_features)
 
+    def of_group(self, group: int) -> "Grid":
+        """Returns the grid of one group's columns: the group is then the whole row."""
+        return Grid(self.bits, None, self.symmetric)
+
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:

@@ -51,6 +51,10 @@ class ModelAdapter:
         attention: "bidirectional" over the whole canvas, or "block_causal".
         scale_pairs: (producer, consumers) relative to a block: norms or linear layers whose output channels can be
             scaled if the consumers' input channels are unscaled, without changing the function.
+        residual_outputs: Linear layers, relative to a block, whose output is added to the residual stream.
+        final_norm: Path of the norm before the head; it feeds nothing else.
+        value_output: (value projection, output projection) of the attention, relative to a block.
+        heads: Configuration keys of the number of query heads and of key/value heads.
         sampler: The family's default sampler settings; `config.sampler_defaults` of a checkpoint overrides them.
     """
 
@@ -64,6 +68,10 @@ class ModelAdapter:
     logits_shift: Literal[0, 1] = 0
     attention: Literal["bidirectional", "block_causal"] = "bidirectional"
     scale_pairs: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    residual_outputs: tuple[str, ...] = ()
+    final_norm: str | None = None
+    value_output: tuple[str, str] | None = None
+    heads: tuple[str, str] | None = None
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def validate(self, model: nn.Module) -> None:
@@ -83,6 +91,15 @@ class ModelAdapter:
         for producer, consumers in self.scale_pairs:
             for leaf in (producer, *consumers):
                 self._resolve(blocks[0], leaf, "scale_pairs")
+        for leaf in self.residual_outputs:
+            self._resolve(blocks[0], leaf, "residual_outputs")
+        for leaf in self.value_output or ():
+            self._resolve(blocks[0], leaf, "value_output")
+        if self.final_norm is not None:
+            self._resolve(model, self.final_norm, "final_norm")
+        for key in self.heads or ():
+            if not isinstance(getattr(config, key, None), int):
+                raise ValueError(f"adapter {self.model_type!r}: heads: config has no integer {key!r}")
         for name, module in self.linears(model):
             if not isinstance(module, nn.Linear):
                 raise ValueError(

@@ -33,7 +33,7 @@ _STRING_RESULTS: dict[str, Callable[[str], object]] = {
 
 
 def make_item(rng: random.Random) -> Item:
-    """Draws a program of one to three statements and its output."""
+    """Draws a program of two or three statements and its output."""
     program, output = (_list_program if rng.random() < 0.6 else _string_program)(rng)
     return Item(f"code {program}", f"code: {program} prints:", f" {output}")
 
@@ -41,7 +41,7 @@ def make_item(rng: random.Random) -> Item:
 def _list_program(rng: random.Random) -> tuple[str, str]:
     values = rng.sample(range(10), rng.randint(3, 5))
     lines = [f"x = {values}"]
-    for _ in range(rng.choices((0, 1, 2), weights=(4, 5, 1))[0]):
+    if rng.random() < 0.6:
         lines.append(_change_list(values, rng))
     last = rng.choices(tuple(_LIST_RESULTS), weights=(8, 4, 4, 1, 1, 1, 1, 1))[0]
     return f"{'; '.join(lines)}; print({last})", str(_LIST_RESULTS[last](values))

@@ -16,5 +16,9 @@ ADAPTER = ModelAdapter(
         ("ff_norm", ("ff_proj", "up_proj")),
         ("up_proj", ("ff_out",)),
     ),
+    residual_outputs=("attn_out", "ff_out"),
+    final_norm="model.transformer.ln_f",
+    value_output=("v_proj", "attn_out"),
+    heads=("n_heads", "n_kv_heads"),
     sampler=SamplerConfig(steps=128, gen_length=128, block_length=128),
 )
