@@ -94,7 +94,7 @@ def test_circular_extends_is_an_error(tmp_path):
             {"transforms": [{"kind": "duquant", "size": 4}]},
             r"transforms\.0\.duquant\.size: unknown key; valid: kind, sites",
         ),
-        ({"transforms": [{"kind": "hadamard"}, {"kind": "wush"}]}, r"'wush' is the second at an input"),
+        ({"transforms": [{"kind": "hadamard"}, {"kind": "wush"}]}, r"two of them at one input \(wush\)"),
         ({"transforms": [{"kind": "hadamard"}, {"kind": "quarot"}]}, r"'quarot' comes too late"),
         ({"transforms": [{"kind": "awq"}, {"kind": "quarot"}]}, r"'quarot' comes too late"),
     ],
