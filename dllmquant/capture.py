@@ -1,5 +1,6 @@
 """Capturing what flows into modules: hooks that live inside a `with`, and a run that stops where it has seen enough."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,6 +56,52 @@ def watching_input(module: nn.Module, watch: Callable[[Tensor], None]) -> Iterat
         yield
     finally:
         handle.remove()
+
+
+def input_of(block: nn.Module, linear: nn.Module, call: BlockCall) -> Tensor:
+    """Runs a block as far as one of its layers and returns the layer's input [..., in].
+
+    Raises:
+        ValueError: The block ran to its end without calling the layer.
+    """
+    seen: list[Tensor] = []
+    with watching_input(linear, seen.append):
+        try:
+            call.run(block)
+        except StopForward:
+            return seen[0]
+    raise ValueError("a block ran without calling a layer its adapter lists; is the execution order right?")
+
+
+def first_calls(
+    model: nn.Module,
+    first_block: nn.Module,
+    denoise: Callable[[Tensor, Tensor], object],
+    ids: Tensor,
+    attention_mask: Tensor,
+    batch_size: int,
+) -> list[BlockCall]:
+    """Runs the model up to its first block, batch by batch.
+
+    Args:
+        model: The model; used in the error message only.
+        first_block: Its first transformer block.
+        denoise: Runs the model on ids and attention mask.
+        ids: int64 [states, length].
+        attention_mask: bool [states, length].
+        batch_size: States per call.
+
+    Returns:
+        One call per batch.
+    """
+    return [
+        capture_block_call(
+            model,
+            first_block,
+            functools.partial(denoise, ids[start : start + batch_size], attention_mask[start : start + batch_size]),
+        )
+        for start in range(0, len(ids), batch_size)
+    ]
 
 
 def capture_block_call(model: nn.Module, first_block: nn.Module, run: Callable[[], object]) -> BlockCall:

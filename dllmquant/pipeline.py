@@ -1,28 +1,40 @@
 """The one loop over blocks: capture, statistics, solve, swap, run the block again for the next one's inputs."""
 
-import fnmatch
+import copy
 import functools
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from dllmquant.attention_fit import fit_attention
 from dllmquant.calibration import CalibrationStates
-from dllmquant.capture import BlockCall, StopForward, capture_block_call, watching_input
+from dllmquant.capture import BlockCall, first_calls, input_of
+from dllmquant.core.allocate import allocate_group_bits
+from dllmquant.core.gptaq import gptaq
 from dllmquant.core.gptq import GPTQResult, gptq
-from dllmquant.core.grid import Grid, QuantizedWeight
+from dllmquant.core.grid import Clip, Grid, QuantizedWeight, quantize_to_grid
+from dllmquant.core.qronos import qronos
 from dllmquant.core.rtn import rtn
-from dllmquant.core.stats import HessianAccumulator
+from dllmquant.core.stats import HessianAccumulator, InputStatistics
 from dllmquant.models import ModelAdapter
-from dllmquant.nn.activation import ActivationScheme
+from dllmquant.nn.activation import ActivationScheme, quantize_activation
+from dllmquant.nn.attention import installed, uninstall
 from dllmquant.nn.linear import QuantLinear
-from dllmquant.recipe import Recipe, RecipeError, WeightSettings
+from dllmquant.nn.transform import InputTransform
+from dllmquant.plan import Plan
+from dllmquant.preparation import Preparation
+from dllmquant.recipe import Recipe, WeightSettings
+from dllmquant.transforms.awq import search_clip
 
 logger = logging.getLogger(__name__)
+
+_TWO_PATHS = ("gptaq", "qronos")  # solvers that compare with the full-precision path
 
 
 @dataclass(frozen=True)
@@ -31,16 +43,17 @@ class LayerReport:
 
     Attributes:
         name: Full module path.
-        bits: Bits per weight.
-        nbytes: Bytes of codes, scales and zero points.
+        bits: Mean bits per weight.
+        nbytes: Bytes of codes, scales, zero points and input transform.
         tokens: Calibration tokens with a positive weight; 0 without calibration.
-        loss: Tr(ΔW H ΔWᵀ), the weighted mean squared output error summed over outputs; None without calibration.
-        damping: Relative damping the solver ended with; None without calibration.
+        loss: Tr(ΔW H ΔWᵀ), the weighted mean squared output error summed over outputs, or what the solver minimises
+            instead; None without a solver that reads the Hessian.
+        damping: Relative damping the solver ended with; None without one.
         dead_inputs: Input channels no calibration token used.
     """
 
     name: str
-    bits: int
+    bits: float
     nbytes: int
     tokens: int = 0
     loss: float | None = None
@@ -48,87 +61,14 @@ class LayerReport:
     dead_inputs: int = 0
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Which linear layers of each block are quantized, checked against the model before any work.
-
-    Attributes:
-        blocks: Per block, the groups of (full path) layers that share an input; groups left empty are dropped.
-        grid: The weights' grid.
-        activation: The activations' scheme, or None.
-    """
-
-    blocks: tuple[tuple[tuple[str, ...], ...], ...]
-    grid: Grid
-    activation: ActivationScheme | None
-
-    @property
-    def modules(self) -> list[str]:
-        """Full paths of the layers that are quantized, in execution order."""
-        return [name for groups in self.blocks for group in groups for name in group]
-
-
-def make_plan(model: nn.Module, adapter: ModelAdapter, recipe: Recipe) -> Plan:
-    """Decides what is quantized and how, without touching the model.
-
-    Raises:
-        ValueError: The adapter does not fit the model, or a weight holds NaN or infinity.
-        RecipeError: A `skip` pattern matches nothing, everything is skipped, or a group size does not divide a layer's
-            input width.
-    """
-    adapter.validate(model)
-    linears = {name: module for name, module in adapter.linears(model) if isinstance(module, nn.Linear)}
-    skipped = _skipped(recipe, list(linears))
-    for name, linear in linears.items():
-        if name not in skipped:
-            _check_layer(name, linear, recipe)
-    settings, activations = recipe.weights, recipe.activations
-    grid = Grid(settings.bits, settings.group_size, settings.symmetric)
-    scheme = None
-    if activations is not None:
-        scheme = ActivationScheme(activations.bits, activations.group_size, activations.symmetric)
-    blocks = []
-    for index in range(len(adapter.block_list(model))):
-        prefix = f"{adapter.blocks}.{index}."
-        groups = (tuple(prefix + leaf for leaf in g if prefix + leaf not in skipped) for g in adapter.linear_groups)
-        blocks.append(tuple(group for group in groups if group))
-    return Plan(tuple(blocks), grid, scheme)
-
-
-def _skipped(recipe: Recipe, names: list[str]) -> set[str]:
-    """Returns the layers the recipe leaves in 16 bits."""
-    skipped: set[str] = set()
-    for pattern in recipe.skip:
-        matched = fnmatch.filter(names, pattern)
-        if not matched:
-            raise RecipeError(f"skip: {pattern!r} matches no quantizable layer; they look like {names[0]!r}")
-        skipped.update(matched)
-    if len(skipped) == len(names):
-        raise RecipeError("skip: every quantizable layer is skipped; nothing would be quantized")
-    return skipped
-
-
-def _check_layer(name: str, linear: nn.Linear, recipe: Recipe) -> None:
-    """Checks that the recipe's groups fit a layer and that the layer's weight is finite."""
-    for section in ("weights", "activations"):
-        settings = getattr(recipe, section)
-        size = None if settings is None else settings.group_size
-        if size is not None and linear.in_features % size:
-            raise RecipeError(
-                f"{section}.group_size: {size} does not divide the {linear.in_features} input channels of {name}; "
-                "use a divisor, null, or skip the layer"
-            )
-    if not bool(torch.isfinite(linear.weight).all()):
-        raise ValueError(f"{name}.weight holds NaN or infinity; the model cannot be quantized")
-
-
 @torch.no_grad()
 def quantize_blocks(
     model: PreTrainedModel,
     adapter: ModelAdapter,
     plan: Plan,
-    settings: WeightSettings,
+    recipe: Recipe,
     states: CalibrationStates | None,
+    preparation: Preparation,
     *,
     batch_size: int = 32,
     progress: bool = True,
@@ -136,15 +76,17 @@ def quantize_blocks(
     """Quantizes the planned layers in place, block by block.
 
     Later blocks, and later groups inside a block, see the inputs the already quantized layers produce. Only one
-    block's statistics exist at a time, one Hessian for all layers that share an input. If a block fails, that block
-    is restored, so a failure in the first block leaves the model as it was.
+    block's statistics exist at a time, one Hessian for all layers that share an input; solvers that compare with the
+    full-precision path keep a copy of that one block. If a block fails, that block is restored, so a failure in the
+    first block leaves the model as it was.
 
     Args:
         model: The model; must be in evaluation mode.
         adapter: Its adapter.
         plan: What to quantize, from `make_plan`.
-        settings: The solver's settings.
-        states: Calibration states; None for solvers that use no data.
+        recipe: The recipe.
+        states: Calibration states; None for recipes that use no data.
+        preparation: From `prepare`.
         batch_size: States per forward pass.
         progress: Whether to show a progress bar.
 
@@ -154,120 +96,174 @@ def quantize_blocks(
     Raises:
         ValueError: A solver fails on a layer; the message names it.
     """
-    calls, weights = _first_calls(model, adapter, states, batch_size)
+    blocks, device = adapter.block_list(model), model.device
+    calls: list[BlockCall] = []
+    if states is not None:
+        ids, keep = states.batch.ids.to(device), states.batch.attention_mask.to(device)
+        calls = first_calls(model, blocks[0], adapter.denoiser(model), ids, keep, batch_size)
+    full_calls = list(calls) if recipe.weights.solver in _TWO_PATHS else []
     reports: list[LayerReport] = []
-    blocks = adapter.block_list(model)
     with tqdm(total=len(plan.modules), desc="quantizing", unit="layer", disable=not progress) as bar:
-        for block, groups in zip(blocks, plan.blocks, strict=True):
-            originals = {name: model.get_submodule(name) for group in groups for name in group}
-            try:
+        for index, (block, groups) in enumerate(zip(blocks, plan.blocks, strict=True)):
+            weights: list[Tensor] = []
+            if states is not None:
+                weights = list(preparation.token_weights[index].to(device).split(batch_size))
+            original = copy.deepcopy(block) if full_calls else None
+            with _restored_on_failure(model, block, groups):
+                attention = recipe.attention  # until it is installed
                 for group in groups:
-                    accumulator = None
-                    if states is not None:
-                        accumulator = _group_statistics(block, originals[group[0]], calls, weights)
-                    reports += _solve_group(model, group, plan, settings, accumulator)
+                    if attention is not None and _reads_attention(adapter, f"{adapter.blocks}.{index}.", group):
+                        fit_attention(model, block, adapter, attention, calls, weights)
+                        attention = None
+                    layers = _Group(model, block, group, plan, recipe.weights, preparation)
+                    reports += layers.solve(layers.statistics(calls, weights, original, full_calls))
                     bar.update(len(group))
-            except BaseException:
-                for name, module in originals.items():
-                    model.set_submodule(name, module)
-                raise
+                if attention is not None:  # whatever reads the attention is skipped
+                    fit_attention(model, block, adapter, attention, calls, weights)
             calls = [call.following(block) for call in calls]
+            if original is not None:
+                full_calls = [call.following(original) for call in full_calls]
     return reports
 
 
-def _first_calls(
-    model: PreTrainedModel, adapter: ModelAdapter, states: CalibrationStates | None, batch_size: int
-) -> tuple[list[BlockCall], list[Tensor]]:
-    """Runs the model up to its first block: one call, and one [batch, length] tensor of token weights, per batch."""
-    if states is None:
-        return [], []
-    device = model.device
-    denoise, first_block = adapter.denoiser(model), adapter.block_list(model)[0]
-    calls, weights = [], []
-    for start in range(0, len(states.batch), batch_size):
-        rows = slice(start, start + batch_size)
-        ids, keep = states.batch.ids[rows].to(device), states.batch.attention_mask[rows].to(device)
-        calls.append(capture_block_call(model, first_block, functools.partial(denoise, ids, keep)))
-        weights.append(states.weights[rows].to(device))
-    return calls, weights
+@contextmanager
+def _restored_on_failure(model: nn.Module, block: nn.Module, groups: Sequence[Sequence[str]]) -> Iterator[None]:
+    """Puts a block's layers back if the context fails."""
+    originals = {name: model.get_submodule(name) for group in groups for name in group}
+    try:
+        yield
+    except BaseException:
+        if installed(block) is not None:
+            uninstall(block)
+        for name, module in originals.items():
+            model.set_submodule(name, module)
+        raise
 
 
-def _group_statistics(
-    block: nn.Module, linear: nn.Module, calls: Sequence[BlockCall], weights: Sequence[Tensor]
-) -> HessianAccumulator:
-    """Accumulates the weighted Hessian of the input that `linear` shares with its group."""
-    assert isinstance(linear, nn.Linear)
-    accumulator = HessianAccumulator(linear.in_features, device=linear.weight.device)
-    for call, token_weights in zip(calls, weights, strict=True):
-
-        def watch(x: Tensor, token_weights: Tensor = token_weights) -> None:
-            accumulator.add(x, token_weights)
-
-        with watching_input(linear, watch):
-            try:
-                call.run(block)
-            except StopForward:
-                continue
-        raise ValueError("a block ran without calling a layer its adapter lists; is the execution order right?")
-    return accumulator
+def _reads_attention(adapter: ModelAdapter, prefix: str, group: Sequence[str]) -> bool:
+    """Whether a group comes after the value projection, so that queries, keys and values are final."""
+    assert adapter.value_output is not None
+    order = [leaf for leaves in adapter.linear_groups for leaf in leaves]
+    leaf = group[0].removeprefix(prefix)
+    values = next(leaves for leaves in adapter.linear_groups if adapter.value_output[0] in leaves)
+    return order.index(leaf) > max(order.index(other) for other in values)
 
 
-def _solve_group(
-    model: nn.Module,
-    group: Sequence[str],
-    plan: Plan,
-    settings: WeightSettings,
-    accumulator: HessianAccumulator | None,
-) -> list[LayerReport]:
-    """Solves the layers of a group against their common statistics and swaps the packed layers in."""
-    reports = []
-    hessian = None if accumulator is None else accumulator.hessian()
-    for name in group:
-        linear = model.get_submodule(name)
+@dataclass(frozen=True)
+class _Group:
+    """The layers of a block that share an input, and how they are quantized."""
+
+    model: nn.Module
+    block: nn.Module
+    names: Sequence[str]
+    plan: Plan
+    settings: WeightSettings
+    preparation: Preparation
+
+    @property
+    def transform(self) -> InputTransform | None:
+        """The group's input transform."""
+        return self.preparation.input_transforms.get(self.names[0])
+
+    @property
+    def activation(self) -> ActivationScheme | None:
+        """How the group's input is quantized."""
+        return self.preparation.activations[self.names[0]]
+
+    def statistics(
+        self,
+        calls: Sequence[BlockCall],
+        weights: Sequence[Tensor],
+        original: nn.Module | None,
+        full_calls: Sequence[BlockCall],
+    ) -> InputStatistics | None:
+        """Accumulates what the solver reads: moments of the transformed and, if asked for, quantized input."""
+        needed = self.settings.solver != "rtn" or self.settings.clip == "awq"
+        if not calls or not needed:
+            return None
+        linear = self.model.get_submodule(self.names[0])
         assert isinstance(linear, nn.Linear)
-        try:
-            weight, result = _solve(linear.weight.detach().float(), plan.grid, settings, hessian)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        packed = QuantLinear.from_quantized(weight, linear.bias, plan.activation, linear.weight.dtype)
-        model.set_submodule(name, packed)
-        if result is None or accumulator is None:
-            reports.append(LayerReport(name, plan.grid.bits, packed.nbytes))
-            continue
-        if result.attempts > 1:
-            logger.warning(
-                "%s: Hessian not positive definite; damping escalated from %g to %g",
-                name,
-                settings.damping,
-                result.damping,
+        leaf = next(name for name, module in self.block.named_modules() if module is linear)
+        accumulator = HessianAccumulator(linear.in_features, device=linear.weight.device, cross=original is not None)
+        for index, (call, token_weights) in enumerate(zip(calls, weights, strict=True)):
+            x = self._transformed(input_of(self.block, linear, call))
+            if self.settings.inputs == "quantized" and self.activation is not None:
+                x = quantize_activation(x, self.activation)
+            full = None
+            if original is not None:
+                full = self._transformed(input_of(original, original.get_submodule(leaf), full_calls[index]))
+            accumulator.add(x, token_weights, full)
+        return accumulator.statistics()
+
+    def _transformed(self, x: Tensor) -> Tensor:
+        return x if self.transform is None else self.transform(x)
+
+    def solve(self, statistics: InputStatistics | None) -> list[LayerReport]:
+        """Solves the layers against their common statistics and swaps the packed layers in."""
+        reports = []
+        for name in self.names:
+            linear = self.model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            try:
+                weight = linear.weight.detach().float()
+                if self.transform is not None:
+                    weight = self.transform.inverse_transpose_weight(weight)
+                solved, result = _solve(weight, self.plan.grid, self.settings, statistics)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            packed = QuantLinear.from_quantized(
+                solved, linear.bias, self.activation, linear.weight.dtype, input_transform=self.transform
             )
-        reports.append(
-            LayerReport(
-                name,
-                plan.grid.bits,
-                packed.nbytes,
-                tokens=accumulator.tokens,
-                loss=result.loss,
-                damping=result.damping,
-                dead_inputs=result.dead,
-            )
-        )
-    return reports
+            self.model.set_submodule(name, packed)
+            report = LayerReport(name, solved.grid.mean_bits(linear.in_features), packed.nbytes)
+            if result is not None and statistics is not None:
+                if result.attempts > 1:
+                    logger.warning(
+                        "%s: Hessian not positive definite; damping escalated from %g to %g",
+                        name,
+                        self.settings.damping,
+                        result.damping,
+                    )
+                report = replace(
+                    report,
+                    tokens=statistics.tokens,
+                    loss=result.loss,
+                    damping=result.damping,
+                    dead_inputs=result.dead,
+                )
+            reports.append(report)
+        return reports
 
 
 def _solve(
-    weight: Tensor, grid: Grid, settings: WeightSettings, hessian: Tensor | None
+    weight: Tensor, grid: Grid, settings: WeightSettings, statistics: InputStatistics | None
 ) -> tuple[QuantizedWeight, GPTQResult | None]:
     """Rounds one weight [out, in] onto its grid with the recipe's solver."""
-    if hessian is None:
-        return rtn(weight, grid, clip=settings.clip), None
-    result = gptq(
+    if settings.solver == "rtn":
+        if settings.clip != "awq":
+            return rtn(weight, grid, clip=settings.clip), None
+        assert statistics is not None
+        scale, zero = search_clip(weight, statistics.hessian, grid)
+        return QuantizedWeight(grid, quantize_to_grid(weight, scale, zero, grid), scale, zero), None
+    assert statistics is not None
+    if settings.mixed is not None:
+        widths = allocate_group_bits(
+            weight, statistics.hessian, grid, choices=settings.mixed.choices, mean=settings.mixed.mean
+        )
+        grid = replace(grid, group_bits=widths)
+    clip: Clip = "mse" if settings.clip == "mse" else "none"
+    solver = functools.partial(
+        _SOLVERS[settings.solver],
         weight,
-        hessian,
-        grid,
+        grid=grid,
         act_order=settings.act_order,
         damping=settings.damping,
         block_size=settings.block_size,
-        clip=settings.clip,
+        clip=clip,
     )
+    result: GPTQResult = solver(statistics.hessian, *([] if statistics.cross is None else [statistics.cross]))
     return result.weight, result
+
+
+# Called with (weight, hessian) and, where the full-precision path was followed, the cross moment.
+_SOLVERS: dict[str, Callable[..., GPTQResult]] = {"gptq": gptq, "gptaq": gptaq, "qronos": qronos}

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,10 +19,18 @@ from dllmquant.calibration import (
     collect_states,
     prompts_needed,
 )
-from dllmquant.integrations.transformers import DLLMQuantConfig, DLLMQuantHfQuantizer
+from dllmquant.integrations.transformers import (
+    DLLMQuantConfig,
+    DLLMQuantHfQuantizer,
+    describe_attention,
+    describe_layer,
+)
 from dllmquant.models import ModelAdapter, adapter_for
+from dllmquant.nn.attention import installed, uninstall
 from dllmquant.nn.linear import QuantLinear
-from dllmquant.pipeline import LayerReport, Plan, make_plan, quantize_blocks
+from dllmquant.pipeline import LayerReport, quantize_blocks
+from dllmquant.plan import Plan, make_plan
+from dllmquant.preparation import Preparation, SiteBits, block_token_weights, prepare
 from dllmquant.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -37,6 +46,7 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         recipe: The resolved recipe.
         reports: After `quantize`: one `LayerReport` per packed layer, in execution order.
         states: After `quantize`: the calibration states, or None for data-free recipes.
+        allocation: After `quantize`: the activation bits IA-AQ gave each site; empty if it was not asked.
     """
 
     def __init__(self, recipe: Recipe | str | Path | dict[str, Any]) -> None:
@@ -51,6 +61,7 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         self.recipe = Recipe.load(recipe)
         self.reports: list[LayerReport] = []
         self.states: CalibrationStates | None = None
+        self.allocation: tuple[SiteBits, ...] = ()
         self._model: PreTrainedModel | str | None = None
 
     @classmethod
@@ -79,6 +90,7 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         prompts: Sequence[Prompt] | None = None,
+        states: CalibrationStates | None = None,
         seed: int | None = None,
         save_dir: str | Path | None = None,
         file_prefix: str | None = None,
@@ -86,13 +98,17 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
     ) -> PreTrainedModel:
         """Quantizes a model **in place** and returns it: no second copy is made.
 
-        If anything fails before the first block is solved, the model is left as it was.
+        If anything fails before the first block is solved, the model is left as it was, but for transforms that were
+        folded into its weights by then: these change the weights, not what the model computes.
 
         Args:
             model: The 16- or 32-bit model, or the path or hub id of one; None uses the one of `from_pretrained`.
             tokenizer: Its tokenizer; None loads the one saved with the model.
             prompts: Calibration prompts, or (prompt, completion) pairs, in your own domain; None uses built-in
                 word problems, programs and stories.
+            states: Calibration states made before by a quantizer with the same calibration settings, such as its
+                `states`; None makes them. Token weights are computed anew. Closed-loop recipes use them in the
+                first pass.
             seed: Replaces the recipe's seed.
             save_dir: Where to save model and tokenizer; None saves nothing.
             file_prefix: Must be None; part of Optimum's signature.
@@ -112,43 +128,36 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         target = self._loaded(model)
         adapter, plan = self._checked(target)
         recipe = self.recipe if seed is None else Recipe.load(self.recipe.to_dict() | {"seed": seed})
-        settings = recipe.calibration
-        if settings is not None:
+        if recipe.calibration is None and (prompts is not None or states is not None):
+            raise ValueError(f"prompts, states: recipe {recipe.name!r} uses no calibration data; leave them None")
+        job = _Job(target, adapter, plan, recipe, progress)
+        if recipe.calibration is not None and (states is None or recipe.calibration.states == "closed_loop"):
             tokenizer = tokenizer or _saved_tokenizer(target)
-            if prompts is None:
-                logger.info("no calibration prompts given: using built-in word problems, programs and stories")
-                prompts = builtin_prompts(prompts_needed(settings), recipe.seed)
-            check_prompts(prompts, prompts_needed(settings))
-        elif prompts is not None:
-            raise ValueError(f"prompts: recipe {recipe.name!r} uses no calibration data; leave prompts None")
+            job.source = tokenizer, self._prompts(prompts, recipe)
 
         was_training = target.training
         target.eval()
         try:
-            states = None
-            if settings is not None:
-                assert tokenizer is not None
-                assert prompts is not None
-                states = collect_states(
-                    target, tokenizer, prompts, settings, recipe.token_weights, seed=recipe.seed, progress=progress
-                )
-            self.reports = quantize_blocks(
-                target,
-                adapter,
-                plan,
-                recipe.weights,
-                states,
-                batch_size=settings.batch_size if settings is not None else 1,
-                progress=progress,
-            )
+            job.run(states)
         finally:
             target.train(was_training)
-        self.states = states
-        _attach_config(target, plan, recipe, states)
+        self.reports, self.states, self.allocation = job.reports, job.states, job.allocation
+        _attach_config(job)
         if save_dir is not None:
             target.save_pretrained(save_dir)
             (tokenizer or _saved_tokenizer(target)).save_pretrained(save_dir)
         return target
+
+    @staticmethod
+    def _prompts(prompts: Sequence[Prompt] | None, recipe: Recipe) -> Sequence[Prompt]:
+        """Returns the calibration prompts after checking them."""
+        assert recipe.calibration is not None
+        needed = prompts_needed(recipe.calibration)
+        if prompts is None:
+            logger.info("no calibration prompts given: using built-in word problems, programs and stories")
+            prompts = builtin_prompts(needed, recipe.seed)
+        check_prompts(prompts, needed)
+        return prompts
 
     def _loaded(self, model: PreTrainedModel | str | Path | None) -> PreTrainedModel:
         model = self._model if model is None else model
@@ -169,6 +178,69 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         return adapter, make_plan(model, adapter, self.recipe)
 
 
+@dataclass
+class _Job:
+    """One quantization: states, preparation and solving, twice for closed-loop states."""
+
+    model: PreTrainedModel
+    adapter: ModelAdapter
+    plan: Plan
+    recipe: Recipe
+    progress: bool
+    source: tuple[PreTrainedTokenizerBase, Sequence[Prompt]] | None = None
+    reports: list[LayerReport] = field(default_factory=list)
+    states: CalibrationStates | None = None
+    allocation: tuple[SiteBits, ...] = ()
+
+    def run(self, given: CalibrationStates | None) -> None:
+        """Quantizes the model, with states made before if given."""
+        settings = self.recipe.calibration
+        closed_loop = settings is not None and settings.states == "closed_loop"
+        if given is not None:
+            self.states = given.reweighted(self.recipe.token_weights)
+        elif settings is not None:
+            self.states = self._collect("trajectory" if closed_loop else settings.states)
+        preparation = prepare(self.model, self.adapter, self.plan, self.recipe, self.states, progress=self.progress)
+        self.allocation = preparation.allocation
+        originals = {name: self.model.get_submodule(name) for name in self.plan.modules}
+        self._solve(preparation)
+        if closed_loop:
+            self.states = self._collect("closed_loop")
+            for block in self.adapter.block_list(self.model):
+                if installed(block) is not None:
+                    uninstall(block)
+            for name, module in originals.items():
+                self.model.set_submodule(name, module)
+            _, weights = block_token_weights(self.model, self.adapter, self.recipe, self.states)
+            self._solve(replace(preparation, token_weights=tuple(weights)))
+
+    def _collect(self, kind: str) -> CalibrationStates:
+        """Makes calibration states with the model as it is now."""
+        assert self.recipe.calibration is not None
+        assert self.source is not None
+        return collect_states(
+            self.model,
+            *self.source,
+            self.recipe.calibration.model_copy(update={"states": kind}),
+            self.recipe.token_weights,
+            seed=self.recipe.seed,
+            progress=self.progress,
+        )
+
+    def _solve(self, preparation: Preparation) -> None:
+        calibration = self.recipe.calibration
+        self.reports = quantize_blocks(
+            self.model,
+            self.adapter,
+            self.plan,
+            self.recipe,
+            self.states,
+            preparation,
+            batch_size=1 if calibration is None else calibration.batch_size,
+            progress=self.progress,
+        )
+
+
 def _saved_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """Loads the tokenizer saved with the model."""
     path = model.config._name_or_path
@@ -181,28 +253,21 @@ def _saved_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _attach_config(model: PreTrainedModel, plan: Plan, recipe: Recipe, states: CalibrationStates | None) -> None:
+def _attach_config(job: _Job) -> None:
     """Makes the model a quantized transformers model: `save_pretrained` then writes all that a reload needs."""
-    scheme = {
-        "weight": {
-            "bits": plan.grid.bits,
-            "group_size": plan.grid.group_size,
-            "symmetric": plan.grid.symmetric,
-        },
-        "activation": None
-        if plan.activation is None
-        else {
-            "bits": plan.activation.bits,
-            "group_size": plan.activation.group_size,
-            "symmetric": plan.activation.symmetric,
-        },
-    }
+    model, states = job.model, job.states
+    modules = {name: model.get_submodule(name) for name in job.plan.modules}
+    blocks = enumerate(job.adapter.block_list(model))
+    attention = {f"{job.adapter.blocks}.{index}": installed(block) for index, block in blocks}
     config = DLLMQuantConfig(
-        modules={name: scheme for name in plan.modules},
-        recipe=recipe.to_dict(),
+        modules={name: describe_layer(layer) for name, layer in modules.items() if isinstance(layer, QuantLinear)},
+        recipe=job.recipe.to_dict(),
         library_version=__version__,
-        seed=recipe.seed,
+        seed=job.recipe.seed,
         states_hash=None if states is None else states.content_hash(),
+        attention={name: describe_attention(found) for name, found in attention.items() if found is not None},
+        coverage=None if states is None or states.coverage is None else states.coverage.to_dict(),
+        allocation=[asdict(entry) for entry in job.allocation],
     )
     model.config.quantization_config = config
     # transformers sets these two on models it loads quantized; its annotations know modules and tensors only.

@@ -59,6 +59,8 @@ RESERVED = (
                 "dllmquant.quantizer",
                 "dllmquant.checkpoint",
                 "dllmquant.pipeline",
+                "dllmquant.preparation",
+                "dllmquant.attention_fit",
                 "dllmquant.calibration",
                 "dllmquant.cli",
             }

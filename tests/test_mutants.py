@@ -45,7 +45,7 @@ MUTANTS = [
     Mutant("group-beyond-block-stale", "core/gptq", " - errors[:, : q - start] @ upper[start:q, end:stop]", ""),
     Mutant("groups-fitted-up-front", "core/gptq", "not act_order and q % width == 0", "False"),
     Mutant("damping-doubled", "core/gptq", "hessian + relative * mean", "hessian + 2 * relative * mean"),
-    Mutant("dead-channel-is-one", "core/gptq", "dead.to(dtype) * mean", "dead.to(dtype)"),
+    Mutant("dead-channel-is-one", "core/gptq", "dead.to(hessian.dtype) * mean", "dead.to(hessian.dtype)"),
     Mutant("dead-channel-kept", "core/gptq", "w = torch.where(dead, 0.0, original)", "w = original.clone()"),
     Mutant("loss-without-hessian", "core/gptq", "(delta @ hessian) * delta", "delta * delta"),
     Mutant("weight-not-rooted", "core/stats", "rows * w.sqrt()[:, None]", "rows * w[:, None]"),

@@ -25,7 +25,7 @@ class GPTQResult:
         damping: Relative damping the factorization succeeded with.
         attempts: Factorizations tried; more than 1 means the damping was escalated.
         loss: Tr(ΔW H ΔWᵀ) with the undamped Hessian.
-        dead: Input channels whose Hessian diagonal is zero; their weights are set to zero.
+        dead: Input channels whose Hessian diagonal is zero; their weights are set to zero before they are rounded.
     """
 
     weight: QuantizedWeight
@@ -63,12 +63,9 @@ def gptq(
             damping up to 1 makes the Hessian positive definite.
     """
     rows, columns = weight.shape
-    if hessian.shape != (columns, columns):
-        raise ValueError(f"hessian: shape {tuple(hessian.shape)}, expected ({columns}, {columns})")
-    if not bool(torch.isfinite(weight).all()) or not bool(torch.isfinite(hessian).all()):
-        raise ValueError("weight and hessian must be finite; one holds NaN or infinity")
-    if block_size < 1 or not 0 < damping <= 1:
-        raise ValueError(f"block_size: {block_size}, damping: {damping}; valid: at least 1, and in (0, 1]")
+    _check_problem(weight, hessian)
+    if block_size < 1:
+        raise ValueError(f"block_size: {block_size}; valid: at least 1")
     width = grid.width(columns)
     dtype = torch.float64 if hessian.dtype == torch.float64 else torch.float32
     original = weight.to(dtype)
@@ -77,12 +74,7 @@ def gptq(
     importance = hessian.diagonal().clamp(min=0)
     dead = hessian.diagonal() == 0
     w = torch.where(dead, 0.0, original)
-    # a dead channel's stand-in is the mean of the others, so that the damping does not depend on how many are dead
-    mean = hessian.trace() / (columns - int(dead.sum())) if not bool(dead.all()) else 1.0
-    h = hessian + torch.diag(dead.to(dtype) * mean)
-    order = torch.argsort(h.diagonal(), descending=True, stable=True) if act_order else torch.arange(columns)
-    order = order.to(w.device)
-    upper, used_damping, attempts = _inverse_factor(h[order][:, order], damping)
+    order, (upper, used_damping, attempts) = _ordered_factor(hessian, dead, act_order, damping)
 
     scale, zero = fit_scale(w, grid, clip=clip, importance=importance)  # refitted below unless act_order
     w = w[:, order]
@@ -94,9 +86,7 @@ def gptq(
             group = int(order[q]) // width
             if not act_order and q % width == 0:
                 ready = _up_to_date(w, errors, upper, start, q, end, q + width)
-                fitted = fit_scale(
-                    ready, grid.of_group(group), clip=clip, importance=importance[q : q + width]
-                )
+                fitted = fit_scale(ready, grid.of_group(group), clip=clip, importance=importance[q : q + width])
                 scale[:, group], zero[:, group] = fitted[0][:, 0], fitted[1][:, 0]
             s, z = scale[:, group : group + 1], zero[:, group : group + 1]
             code = quantize_to_grid(w[:, q : q + 1], s, z, grid.of_group(group))
@@ -113,6 +103,14 @@ def gptq(
     return GPTQResult(quantized, used_damping, attempts, loss, int(dead.sum()))
 
 
+def _check_problem(weight: Tensor, hessian: Tensor) -> None:
+    columns = weight.shape[1]
+    if hessian.shape != (columns, columns):
+        raise ValueError(f"hessian: shape {tuple(hessian.shape)}, expected ({columns}, {columns})")
+    if not bool(torch.isfinite(weight).all()) or not bool(torch.isfinite(hessian).all()):
+        raise ValueError("weight and hessian must be finite; one holds NaN or infinity")
+
+
 def _up_to_date(w: Tensor, errors: Tensor, upper: Tensor, start: int, q: int, end: int, stop: int) -> Tensor:
     """Returns columns q..stop of w with all errors so far applied, also beyond the current block."""
     inside = w[:, q : min(end, stop)]
@@ -122,8 +120,22 @@ def _up_to_date(w: Tensor, errors: Tensor, upper: Tensor, start: int, q: int, en
     return torch.cat((inside, beyond), dim=1)
 
 
+def _ordered_factor(
+    hessian: Tensor, dead: Tensor, act_order: bool, damping: float
+) -> tuple[Tensor, tuple[Tensor, float, int]]:
+    """Returns the order columns are solved in, and `_inverse_factor` of the Hessian in that order."""
+    # a dead channel's stand-in is the mean of the others, so that the damping does not depend on how many are dead
+    mean = hessian.trace() / (len(hessian) - int(dead.sum())) if not bool(dead.all()) else 1.0
+    h = hessian + torch.diag(dead.to(hessian.dtype) * mean)
+    order = torch.argsort(h.diagonal(), descending=True, stable=True) if act_order else torch.arange(len(hessian))
+    order = order.to(hessian.device)
+    return order, _inverse_factor(h[order][:, order], damping)
+
+
 def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, int]:
     """Returns U with (H + λ mean(diag H) I)⁻¹ = UᵀU, upper triangular, the λ used and the attempts made."""
+    if not 0 < damping <= 1:
+        raise ValueError(f"damping: {damping}; valid: above 0 and at most 1")
     mean = hessian.diagonal().mean().clamp(min=torch.finfo(hessian.dtype).tiny)
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     attempts = 0

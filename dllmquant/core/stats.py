@@ -1,11 +1,35 @@
 """Statistics of a layer's input that add up over batches."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class InputStatistics:
+    """What one pass over the tokens x̃_j a layer reads, of weights w_j > 0, tells about its input.
+
+    Means are weighted, E f = Σ_j w_j f_j / Σ_j w_j; so mean_abs² ≤ diag(hessian) ≤ absmax · mean_abs, per channel.
+
+    Attributes:
+        hessian: [in, in], E x̃ x̃ᵀ, symmetric and positive semidefinite.
+        absmax: [in], max_j |x̃_j|.
+        mean_abs: [in], E |x̃|.
+        tokens: How many tokens, at least 1.
+        cross: [in, in], E (x − x̃) x̃ᵀ with x_j the same token in the full-precision path (rows: x − x̃, columns: x̃), so
+            that hessian + cross = E x x̃ᵀ; None where that path was not recorded.
+    """
+
+    hessian: Tensor
+    absmax: Tensor
+    mean_abs: Tensor
+    tokens: int
+    cross: Tensor | None = None
+
+
 class HessianAccumulator:
-    """Accumulates H = Σ_j w_j x_j x_jᵀ over tokens x_j with weights w_j ≥ 0.
+    """Accumulates H = Σ_j w_j x_j x_jᵀ over tokens x_j with weights w_j ≥ 0, and the other sums of `InputStatistics`.
 
     A token of weight 0 (padding) is excluded altogether. With all weights 1 this is GPTQ's Hessian up to the factor 2,
     which no solver depends on.
@@ -17,9 +41,14 @@ class HessianAccumulator:
     """
 
     def __init__(
-        self, features: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+        self,
+        features: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        *,
+        cross: bool = False,
     ) -> None:
-        """Starts an empty sum, kept in `dtype` (float32 or float64) on `device`.
+        """Starts empty sums, kept in `dtype` (float32 or float64) on `device`; `cross` adds the one over two paths.
 
         Raises:
             ValueError: `dtype` is narrower than float32.
@@ -30,12 +59,17 @@ class HessianAccumulator:
         self.total_weight = 0.0
         self.tokens = 0
         self._sum = torch.zeros(features, features, device=device, dtype=dtype)
+        self._absmax = torch.zeros(features, device=device, dtype=dtype)
+        self._abs_sum = torch.zeros(features, device=device, dtype=dtype)
+        self._cross = torch.zeros_like(self._sum) if cross else None
 
-    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+    def add(self, x: Tensor, weights: Tensor | None = None, full: Tensor | None = None) -> None:
         """Adds tokens x [..., features] with weights [...] (None: all 1).
 
+        With `cross`, and only then: x are tokens of the quantized path, `full` the same in the full-precision path.
+
         Raises:
-            ValueError: A shape does not fit, a weight is negative, or a weighted token is not finite.
+            ValueError: A shape does not fit, a weight is negative, a weighted token is not finite, or `full` is amiss.
         """
         if x.shape[-1] != self.features:
             raise ValueError(f"x: {x.shape[-1]} features, expected {self.features}")
@@ -51,40 +85,74 @@ class HessianAccumulator:
         rows, w = rows[used], w[used]
         if not bool(torch.isfinite(rows).all()):
             raise ValueError("x: a token with a positive weight holds NaN or infinity")
+        self._add_cross(rows, w, used, x.shape, full)
+        if not len(rows):
+            return
+        magnitude = rows.abs()
+        self._absmax = torch.maximum(self._absmax, magnitude.amax(0))
+        self._abs_sum += w @ magnitude
         rows = rows * w.sqrt()[:, None]
         self._sum.addmm_(rows.T, rows)
         self.total_weight += float(w.sum(dtype=torch.float64))
         self.tokens += int(used.sum())
 
+    def _add_cross(self, rows: Tensor, w: Tensor, used: Tensor, shape: torch.Size, full: Tensor | None) -> None:
+        """Adds Σ w (x − x̃) x̃ᵀ: x̃ the rows of positive weight w, x those of `full`; see `add` for what it raises."""
+        if (self._cross is None) != (full is None):
+            raise ValueError("full: the full-precision tokens go with cross=True; valid: both or neither")
+        if self._cross is None or full is None:
+            return
+        if full.shape != shape:
+            raise ValueError(f"full: shape {tuple(full.shape)}, expected {tuple(shape)}")
+        deviation = full.reshape(-1, self.features).to(self._sum)[used] - rows
+        if not bool(torch.isfinite(deviation).all()):
+            raise ValueError("full: a token with a positive weight holds NaN or infinity")
+        self._cross.addmm_((deviation * w[:, None]).T, rows)
+
     def merge(self, other: "HessianAccumulator") -> None:
         """Adds another accumulator's tokens to this one.
 
         Raises:
-            ValueError: The widths differ.
+            ValueError: The widths differ, or only one of the two has a cross sum.
         """
         if other.features != self.features:
             raise ValueError(f"other: {other.features} features, expected {self.features}")
+        if (other._cross is None) != (self._cross is None):
+            raise ValueError("other: one accumulator has a cross sum, the other none; valid: both or neither")
         self._sum += other._sum.to(self._sum)
+        self._absmax = torch.maximum(self._absmax, other._absmax.to(self._absmax))
+        self._abs_sum += other._abs_sum.to(self._abs_sum)
+        if self._cross is not None and other._cross is not None:
+            self._cross += other._cross.to(self._cross)
         self.total_weight += other.total_weight
         self.tokens += other.tokens
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns everything needed to go on later."""
-        return {
+        state = {
             "sum": self._sum.clone(),
+            "absmax": self._absmax.clone(),
+            "abs_sum": self._abs_sum.clone(),
             "total_weight": torch.tensor(self.total_weight, dtype=torch.float64),
             "tokens": torch.tensor(self.tokens),
         }
+        return state if self._cross is None else state | {"cross": self._cross.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores `state_dict`'s result.
 
         Raises:
-            ValueError: The state is of another width.
+            ValueError: The state is of another width, or only one of the two has a cross sum.
         """
         if state["sum"].shape != self._sum.shape:
             raise ValueError(f"state: sum of shape {tuple(state['sum'].shape)}, expected {tuple(self._sum.shape)}")
+        if ("cross" in state) != (self._cross is not None):
+            raise ValueError("state: one of it and the accumulator has a cross sum; valid: both or neither")
         self._sum = state["sum"].to(self._sum, copy=True)
+        self._absmax = state["absmax"].to(self._absmax, copy=True)
+        self._abs_sum = state["abs_sum"].to(self._abs_sum, copy=True)
+        if self._cross is not None:
+            self._cross = state["cross"].to(self._cross, copy=True)
         self.total_weight = float(state["total_weight"])
         self.tokens = int(state["tokens"])
 
@@ -97,3 +165,17 @@ class HessianAccumulator:
         if self.total_weight <= 0:
             raise ValueError("hessian: no token with a positive weight was added")
         return self._sum / self.total_weight
+
+    def statistics(self) -> InputStatistics:
+        """Returns all of it as weighted means.
+
+        Raises:
+            ValueError: No token with a positive weight was added.
+        """
+        return InputStatistics(
+            hessian=self.hessian(),
+            absmax=self._absmax.clone(),
+            mean_abs=self._abs_sum / self.total_weight,
+            tokens=self.tokens,
+            cross=None if self._cross is None else self._cross / self.total_weight,
+        )

@@ -4,6 +4,8 @@ Importing dllmquant registers `quant_method: "dllmquant"`. A process that does n
 random weights: the packed codes are stored under the key `weight`, whose shape then does not fit, which is an error.
 """
 
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,7 +18,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from dllmquant.checkpoint import FORMAT_VERSION, CheckpointError, check_format_version
 from dllmquant.core.grid import Grid
 from dllmquant.nn.activation import ActivationScheme
+from dllmquant.nn.attention import AttentionQuantizer, AttentionScheme, install, installed
 from dllmquant.nn.linear import QuantLinear
+from dllmquant.nn.transform import TransformStep
 
 QUANT_METHOD = "dllmquant"
 
@@ -25,12 +29,17 @@ class DLLMQuantConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint: everything that says how it was made and how to read it.
 
     Args:
-        modules: Full path of each packed layer -> {"weight": {"bits", "group_size", "symmetric"}, "activation":
-            {"bits", "group_size", "symmetric"} or None}.
+        modules: Full path of each packed layer -> {"weight": the fields of `Grid`, "activation": the fields of
+            `ActivationScheme` or None, "input_transform": a list of the fields of each `TransformStep`}; fields that
+            have their default may be absent.
         recipe: The resolved recipe.
         library_version: Version of dllmquant that wrote the checkpoint.
         seed: Seed the quantization ran with.
         states_hash: SHA-256 of the calibration states; None for data-free recipes.
+        attention: Full path of each block whose attention is quantized -> {"scheme": the fields of `AttentionScheme`,
+            "heads", "value_heads", "channels"}.
+        coverage: Where in the denoising process the calibration states lie (`Coverage.to_dict`); None without states.
+        allocation: The activation bits IA-AQ gave each site, with the errors it was decided by.
         format_version: Version of the on-disk layout.
         **unknown: Must be empty but for `quant_method`.
 
@@ -46,6 +55,9 @@ class DLLMQuantConfig(QuantizationConfigMixin):
         library_version: str,
         seed: int,
         states_hash: str | None = None,
+        attention: dict[str, dict[str, Any]] | None = None,
+        coverage: dict[str, Any] | None = None,
+        allocation: list[dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
@@ -60,21 +72,68 @@ class DLLMQuantConfig(QuantizationConfigMixin):
         self.seed = seed
         self.states_hash = states_hash
         self.modules = modules
+        self.attention = attention or {}
+        self.coverage = coverage
+        self.allocation = allocation or []
         for name in modules:
             self.scheme(name)
+        for name in self.attention:
+            self.attention_quantizer(name, "meta")
 
-    def scheme(self, name: str) -> tuple[Grid, ActivationScheme | None]:
-        """Returns the weight grid and activation scheme of a packed layer.
+    def scheme(self, name: str) -> tuple[Grid, ActivationScheme | None, tuple[TransformStep, ...]]:
+        """Returns the weight grid, activation scheme and input transform of a packed layer.
 
         Raises:
             CheckpointError: The stored scheme is malformed.
         """
         try:
-            stored = self.modules[name]
-            activation = stored["activation"]
-            return Grid(**stored["weight"]), None if activation is None else ActivationScheme(**activation)
+            stored = dict(self.modules[name])
+            grid, activation = Grid(**stored.pop("weight")), stored.pop("activation")
+            steps = tuple(TransformStep(**step) for step in stored.pop("input_transform", ()))
+            if stored:
+                raise ValueError(f"unknown fields {sorted(stored)}")
+            return grid, None if activation is None else ActivationScheme(**activation), steps
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"quantization_config.modules[{name!r}] is malformed: {error}") from error
+
+    def attention_quantizer(self, name: str, device: torch.device | str) -> AttentionQuantizer:
+        """Returns an empty attention quantizer of a block, to load into.
+
+        Raises:
+            CheckpointError: The stored description is malformed.
+        """
+        try:
+            stored = dict(self.attention[name])
+            return AttentionQuantizer(AttentionScheme(**stored.pop("scheme")), **stored, device=device)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"quantization_config.attention[{name!r}] is malformed: {error}") from error
+
+
+def describe_layer(layer: QuantLinear) -> dict[str, Any]:
+    """Returns what `DLLMQuantConfig.modules` keeps of a packed layer."""
+    described: dict[str, Any] = {
+        "weight": _set_fields(layer.grid),
+        "activation": None if layer.activation is None else _set_fields(layer.activation),
+    }
+    if layer.input_transform is not None:
+        described["input_transform"] = [_set_fields(step) for step in layer.input_transform.steps]
+    return described
+
+
+def describe_attention(quantizer: AttentionQuantizer) -> dict[str, Any]:
+    """Returns what `DLLMQuantConfig.attention` keeps of a block's attention quantizer."""
+    return {
+        "scheme": asdict(quantizer.scheme),
+        "heads": quantizer.heads,
+        "value_heads": quantizer.value_heads,
+        "channels": quantizer.channels,
+    }
+
+
+def _set_fields(scheme: Grid | ActivationScheme | TransformStep) -> dict[str, Any]:
+    """Returns a scheme's fields, those without a value that were added to the format later left out."""
+    optional = {"group_bits", "seed"}
+    return {name: value for name, value in asdict(scheme).items() if name not in optional or value is not None}
 
 
 class DLLMQuantHfQuantizer(HfQuantizer):
@@ -88,7 +147,7 @@ class DLLMQuantHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for name in self.quantization_config.modules:
-            grid, activation = self.quantization_config.scheme(name)
+            grid, activation, steps = self.quantization_config.scheme(name)
             try:
                 linear = model.get_submodule(name)
             except AttributeError as error:
@@ -103,8 +162,16 @@ class DLLMQuantHfQuantizer(HfQuantizer):
                 bias=linear.bias is not None,
                 device=linear.weight.device,
                 dtype=linear.weight.dtype,
+                input_transform=steps,
             )
             model.set_submodule(name, packed)
+        for name in self.quantization_config.attention:
+            try:
+                block = model.get_submodule(name)
+            except AttributeError as error:
+                raise CheckpointError(f"quantization_config.attention: the model has no module {name!r}") from error
+            device = next(block.parameters()).device
+            install(block, self.quantization_config.attention_quantizer(name, device))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for name in self.quantization_config.modules:
@@ -113,6 +180,12 @@ class DLLMQuantHfQuantizer(HfQuantizer):
             scale = packed.weight_scale
             if not bool(torch.isfinite(scale).all()) or bool((scale <= 0).any()):
                 raise CheckpointError(f"{name}.weight_scale holds values that are not positive finite numbers")
+            if packed.input_transform is not None:
+                _checked(f"{name}.input_transform", packed.input_transform.check)
+        for name in self.quantization_config.attention:
+            quantizer = installed(model.get_submodule(name))
+            assert quantizer is not None
+            _checked(f"{name}.attention_quantizer", quantizer.check_scales)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Packed models can always be saved."""
@@ -122,6 +195,13 @@ class DLLMQuantHfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Packed weights have no gradients."""
         return False
+
+
+def _checked(name: str, check: Callable[[], None]) -> None:
+    try:
+        check()
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from error
 
 
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # transformers refuses a second registration

@@ -10,6 +10,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MultipleLocator, PercentFormatter
 
 from dllmquant.lab.evaluate import TaskScore
+from dllmquant.lab.statistics import PairedDifference
 from dllmquant.lab.stepwise import StepErrors
 
 # Of Okabe and Ito's palette, which people with any kind of colour blindness can tell apart.
@@ -51,6 +52,88 @@ def plot_demo(
     # The software's version would make files differ between installations.
     figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
     return path
+
+
+def plot_differences(
+    path: str | Path,
+    differences: Mapping[str, Mapping[str, PairedDifference | None]],
+    *,
+    reference: str,
+    title: str,
+) -> Path:
+    """Draws accuracy differences to a reference, a dot with its interval each, and writes them as a PNG.
+
+    Args:
+        path: The file to write.
+        differences: By model and cell, the same cells in the same order for every model; None where a cell has no
+            result, which is written in its place.
+        reference: What the differences are to.
+        title: Over the whole figure.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: There is no model or no cell, or models have different cells.
+    """
+    cells = [list(by_cell) for by_cell in differences.values()]
+    if not cells or not cells[0]:
+        raise ValueError(f"differences holds {dict(differences)!r}; valid: at least one model with at least one cell")
+    for model, names in zip(differences, cells, strict=True):
+        if names != cells[0]:
+            raise ValueError(f"differences[{model!r}] holds {names}; valid: {cells[0]}")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = _differences_figure(differences, cells[0], reference, title)
+    figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
+    return path
+
+
+def _differences_figure(
+    differences: Mapping[str, Mapping[str, PairedDifference | None]], cells: Sequence[str], reference: str, title: str
+) -> Figure:
+    figure = Figure(
+        figsize=(2.6 + 3.4 * len(differences), 1.7 + 0.3 * len(cells)),
+        layout=ConstrainedLayoutEngine(wspace=0.04, w_pad=0.08, h_pad=0.06),
+    )
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(differences), sharex=True, sharey=True, squeeze=False)[0]
+    for index, (axes, (model, by_cell)) in enumerate(zip(panels, differences.items(), strict=True)):
+        _draw_differences(axes, by_cell, _color(index + 1))
+        counts = sorted({paired.n for paired in by_cell.values() if paired is not None})
+        axes.set_title(f"{model} (n = {', '.join(map(str, counts)) or 0})", fontsize=10.5, loc="left")
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_axisbelow(True)
+        axes.grid(axis="x", color="#E3E3E3", linewidth=0.8)
+    panels[0].set_yticks(range(len(cells)), labels=cells)
+    panels[0].set_ylim(len(cells) - 0.4, -0.6)  # the first cell on top
+    figure.supxlabel(f"accuracy minus {reference}'s [percentage points]; whiskers: 95% interval", fontsize=10)
+    figure.suptitle(title, fontsize=13, fontweight="bold")
+    return figure
+
+
+def _draw_differences(axes: Axes, by_cell: Mapping[str, PairedDifference | None], color: str) -> None:
+    axes.axvline(0, color="#444444", linestyle="--", linewidth=0.9)
+    for row, paired in enumerate(by_cell.values()):
+        if paired is None:
+            axes.annotate("no result", (0, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+            continue
+        # A percentile interval may leave the estimate out by a resample's width.
+        below, above = (
+            100 * max(0.0, side) for side in (paired.difference - paired.low, paired.high - paired.difference)
+        )
+        axes.errorbar(
+            100 * paired.difference,
+            row,
+            xerr=([below], [above]),
+            color=color,
+            marker="o",
+            markersize=5,
+            capsize=3,
+            elinewidth=1.3,
+            linestyle="none",
+        )
 
 
 def _figure(

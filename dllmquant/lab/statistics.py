@@ -1,10 +1,15 @@
-"""Statistics of right and wrong answers: two models on the same items, and one model alone."""
+"""Statistics of right and wrong answers: two models on the same items, and one model alone.
 
+A model that is run more than once (calibration seeds, training seeds) answers every item more than once. Those answers
+are not independent, so resampling and testing is by item, all runs of an item together.
+"""
+
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,23 @@ class PairedDifference:
     n: int
     only_a: int
     only_b: int
+
+
+@dataclass(frozen=True)
+class RecoveredShare:
+    """How much of what a baseline loses a better model keeps.
+
+    Attributes:
+        share: (model − baseline) / (reference − baseline), of accuracies: 1 loses nothing, 0 is no better.
+        low: Lower end of its confidence interval.
+        high: Upper end of it.
+        n: Number of items.
+    """
+
+    share: float
+    low: float
+    high: float
+    n: int
 
 
 def mcnemar_exact(a: ArrayLike, b: ArrayLike) -> float:
@@ -89,6 +111,92 @@ def paired_difference(
     )
 
 
+def paired_difference_clustered(
+    a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> PairedDifference:
+    """Compares the accuracies of two models that each answered the same items in one or more runs.
+
+    Every item counts once, with d = its mean over the runs of b minus its mean over the runs of a. The interval is the
+    percentile bootstrap over items (clusters), drawn as one multinomial count of the distinct values of d. The p-value
+    is of the exact sign-flip test of Σ d: under the hypothesis that a and b are equally good, each item's d is as
+    likely to have the other sign. With one run each this is McNemar's exact test; with unequal numbers of runs the
+    signs are only asymptotically exchangeable.
+
+    Args:
+        a: Whether each item is right in each run, boolean [items, runs].
+        b: The same for the other model, boolean [items, runs of b], items in the same order.
+        confidence: Coverage of the interval, in (0, 1).
+        resamples: Bootstrap resamples, at least 1.
+        seed: Seed of the resamples.
+
+    Returns:
+        The difference; `n`, `only_a` and `only_b` count items: all, those with d < 0, and those with d > 0.
+
+    Raises:
+        ValueError: The arrays are not boolean, two-dimensional, of as many items and non-empty, or `confidence` or
+            `resamples` is out of range.
+    """
+    a, b = _runs({"a": a, "b": b}, confidence, resamples)
+    runs = math.lcm(a.shape[1], b.shape[1])
+    # In integers, so that equal differences are equal.
+    scaled = b.sum(axis=1) * (runs // b.shape[1]) - a.sum(axis=1) * (runs // a.shape[1])
+    n = scaled.size
+    values, counts = np.unique(scaled, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples) @ values / (n * runs)
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return PairedDifference(
+        difference=float(scaled.sum() / (n * runs)),
+        low=float(low),
+        high=float(high),
+        p_value=_sign_flip(scaled),
+        n=n,
+        only_a=int((scaled < 0).sum()),
+        only_b=int((scaled > 0).sum()),
+    )
+
+
+def recovered_share(
+    reference: ArrayLike,
+    baseline: ArrayLike,
+    model: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> RecoveredShare | None:
+    """Measures how much of a baseline's loss a model recovers, on the same items.
+
+    The interval is the percentile bootstrap over items, the three models' answers to an item together. Resamples in
+    which the baseline loses nothing have no ratio and are left out: at most (1 − confidence) / 2 of them, see below.
+
+    Args:
+        reference: Whether each item is right in each run of the original, boolean [items, runs].
+        baseline: The same for the baseline, boolean [items, its runs].
+        model: The same for the model, boolean [items, its runs].
+        confidence: Coverage of the interval, in (0, 1).
+        resamples: Bootstrap resamples, at least 1.
+        seed: Seed of the resamples.
+
+    Returns:
+        The share; None when the interval of the baseline's loss reaches 0: there may be nothing to recover.
+
+    Raises:
+        ValueError: As `paired_difference_clustered`.
+    """
+    arrays = _runs({"reference": reference, "baseline": baseline, "model": model}, confidence, resamples)
+    means = np.stack([array.mean(axis=1) for array in arrays], axis=1)
+    n = len(means)
+    values, counts = np.unique(means, axis=0, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples) @ values / n
+    loss = drawn[:, 0] - drawn[:, 1]
+    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
+    if np.quantile(loss, tails[0]) <= 0:
+        return None
+    low, high = np.quantile(((drawn[:, 2] - drawn[:, 1])[loss > 0]) / loss[loss > 0], tails)
+    full, least, most = means.mean(axis=0)
+    return RecoveredShare(float((most - least) / (full - least)), float(low), float(high), n)
+
+
 def wilson_interval(successes: int, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
     """Returns Wilson's score interval of a proportion.
 
@@ -111,6 +219,40 @@ def wilson_interval(successes: int, n: int, *, confidence: float = 0.95) -> tupl
 
 def _mcnemar(only_a: int, only_b: int) -> float:
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def _sign_flip(scaled: NDArray[np.int64]) -> float:
+    """Probability that Σ ± scaled, each sign a fair coin, is at least as far from 0 as Σ scaled."""
+    sizes, counts = np.unique(np.abs(scaled[scaled != 0]), return_counts=True)
+    if not sizes.size:
+        return 1.0
+    unit = math.gcd(*sizes.tolist())
+    sizes = sizes // unit
+    # Of the items of one size, a binomial number has the sign +; the law of the sum of sizes with the sign +.
+    law = np.ones(1)
+    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        positive = np.zeros(size * count + 1)
+        positive[::size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        law = np.convolve(law, positive)
+    total = int((sizes * counts).sum())
+    sums = 2 * np.arange(law.size) - total
+    return min(1.0, float(law[np.abs(sums) >= abs(int(scaled.sum())) // unit].sum()))
+
+
+def _runs(arrays: dict[str, ArrayLike], confidence: float, resamples: int) -> list[NDArray[np.bool_]]:
+    checked = {name: np.asarray(values) for name, values in arrays.items()}
+    for name, values in checked.items():
+        if values.dtype != np.bool_ or values.ndim != 2 or not values.size:
+            raise ValueError(
+                f"{name} has shape {values.shape} and dtype {values.dtype}; valid: a boolean array [items, runs]"
+            )
+    if len({len(values) for values in checked.values()}) > 1:
+        sizes = ", ".join(f"{name} {len(values)}" for name, values in checked.items())
+        raise ValueError(f"items: {sizes}; valid: the same number")
+    _check_confidence(confidence)
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}; valid: an integer of at least 1")
+    return list(checked.values())
 
 
 def _paired(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

@@ -1,5 +1,7 @@
-"""Tables as text: aligned columns for a terminal, Markdown for documents."""
+"""Tables as text: aligned columns for a terminal, Markdown for documents, comma-separated values for programs."""
 
+import csv
+import io
 from collections.abc import Sequence
 
 
@@ -43,6 +45,22 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int 
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in (header, rule, *rows)
     )
+
+
+def comma_separated(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table as comma-separated values, quoted where needed, with a line feed after every row.
+
+    Args:
+        header: Titles of the columns.
+        rows: Cells, as many in each row as there are titles.
+
+    Raises:
+        ValueError: A row has more or fewer cells than there are titles.
+    """
+    _check(header, rows)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()
 
 
 def _check(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -91,20 +91,23 @@ class ModelAdapter:
         for producer, consumers in self.scale_pairs:
             for leaf in (producer, *consumers):
                 self._resolve(blocks[0], leaf, "scale_pairs")
-        for leaf in self.residual_outputs:
-            self._resolve(blocks[0], leaf, "residual_outputs")
-        for leaf in self.value_output or ():
-            self._resolve(blocks[0], leaf, "value_output")
-        if self.final_norm is not None:
-            self._resolve(model, self.final_norm, "final_norm")
-        for key in self.heads or ():
-            if not isinstance(getattr(config, key, None), int):
-                raise ValueError(f"adapter {self.model_type!r}: heads: config has no integer {key!r}")
+        self._validate_optional(model, blocks[0])
         for name, module in self.linears(model):
             if not isinstance(module, nn.Linear):
                 raise ValueError(
                     f"adapter {self.model_type!r}: linear_groups: {name!r} is a {type(module).__name__}, not nn.Linear"
                 )
+
+    def _validate_optional(self, model: nn.Module, block: nn.Module) -> None:
+        """Checks what only some transforms need, where it is named."""
+        for field_name, leaves in (("residual_outputs", self.residual_outputs), ("value_output", self.value_output)):
+            for leaf in leaves or ():
+                self._resolve(block, leaf, field_name)
+        if self.final_norm is not None:
+            self._resolve(model, self.final_norm, "final_norm")
+        for key in self.heads or ():
+            if not isinstance(getattr(model.config, key, None), int):
+                raise ValueError(f"adapter {self.model_type!r}: heads: config has no integer {key!r}")
 
     def _resolve(self, model: nn.Module, path: str, what: str) -> nn.Module:
         try:

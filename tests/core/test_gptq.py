@@ -60,6 +60,27 @@ def test_equals_textbook_obs(
     assert (result.damping, result.attempts, result.dead) == (0.02, 1, 0)
 
 
+@pytest.mark.parametrize("clip", ["none", "mse"])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    ("group_bits", "block_size"), [((1, 1, 1), 128), ((1, 2, 3), 10), ((3, 1, 8, 2), 128), ((2, 1, 4, 1, 1, 3), 7)]
+)
+def test_mixed_widths_equal_textbook_obs(
+    group_bits: tuple[int, ...], block_size: int, symmetric: bool, act_order: bool, clip: Any
+) -> None:
+    weight, hessian = problem(sum(group_bits))
+    size = COLUMNS // len(group_bits)
+    options: dict[str, Any] = {"act_order": act_order, "clip": clip}
+    expected = obs.solve(weight.numpy(), hessian.numpy(), group_bits, size, symmetric, **options)
+    result = gptq(weight, hessian, Grid(4, size, symmetric, group_bits), block_size=block_size, **options)
+    np.testing.assert_array_equal(result.weight.codes.numpy(), expected.codes)
+    np.testing.assert_array_equal(result.weight.scale.double().numpy(), expected.scale)
+    np.testing.assert_array_equal(result.weight.zero.double().numpy(), expected.zero)
+    assert result.loss == pytest.approx(expected.loss, rel=1e-9)
+    assert result.weight.grid.group_bits == group_bits
+
+
 def test_the_oracle_inverts_what_remains() -> None:
     """The Schur downdate is the inverse of the remaining Hessian, so the oracle is OBS and not a relative of it."""
     hessian = problem(0)[1].numpy()
@@ -213,6 +234,8 @@ def test_wrong_arguments() -> None:
         gptq(weight, hessian[1:, 1:], Grid(4, 8, False))
     with pytest.raises(ValueError, match="group_size: 7 does not divide"):
         gptq(weight, hessian, Grid(4, 7, False))
+    with pytest.raises(ValueError, match="group_bits: 4 widths; valid: 3, one per group"):
+        gptq(weight, hessian, Grid(4, 8, False, (2, 2, 2, 2)))
     with pytest.raises(ValueError, match="block_size: 0"):
         gptq(weight, hessian, Grid(4, 8, False), block_size=0)
     for damping in (0.0, -0.1, 1.5, float("nan")):

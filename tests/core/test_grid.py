@@ -1,5 +1,7 @@
 """Scales and rounding against float64 numpy: what is stored is exact, and the clip search never does harm."""
 
+import dataclasses
+import json
 from typing import Any
 
 import numpy as np
@@ -32,7 +34,7 @@ def group_errors(weight: Tensor, grid: Grid, scale: Tensor, zero: Tensor, import
             part = slice(group * width, (group + 1) * width)
             s, z = float(scale[row, group]), float(zero[row, group])
             values = weight[row, part].double().numpy()
-            restored = (obs.snap(values, s, z, grid.bits) - z) * s
+            restored = (obs.snap(values, s, z, grid.of_group(group).bits) - z) * s
             errors[row, group] = (importance[part].double().numpy() * (values - restored) ** 2).sum()
     return errors
 
@@ -108,6 +110,63 @@ def test_mse_is_the_best_of_the_ratios_and_never_worse_than_none(grid: Grid, imp
     np.testing.assert_allclose(errors, best, rtol=1e-9)
     if grid.bits < 8:
         assert errors.sum() < 0.97 * full.sum()
+
+
+def test_one_bit_by_hand() -> None:
+    weight = torch.tensor([[-1.0, 0.0, 0.5, -2.5]])
+    for symmetric in (False, True):
+        grid = Grid(1, None, symmetric)
+        scale, zero = fit_scale(weight, grid)
+        codes = quantize_to_grid(weight, scale, zero, grid)
+        assert (scale.item(), zero.item(), codes.tolist()) == (1.0, 1, [[0, 2, 2, 0]])
+        assert QuantizedWeight(grid, codes, scale, zero).dequantize().tolist() == [[-1.0, 1.0, 1.0, -1.0]]
+        counted = fit_scale(weight, grid, clip="mse", importance=torch.tensor([1.0, 0.0, 2.0, 1.0]))
+        assert counted[0].item() == (1 + 2 * 0.5 + 2.5) / 4
+        assert fit_scale(weight, grid, clip="mse", importance=torch.zeros(4))[0].item() == 1.0
+
+
+@pytest.mark.parametrize("clip", ["none", "mse"])
+def test_one_bit_is_the_best_float16(clip: Any) -> None:
+    """No float16 within 40 of the fitted one, in either direction, is better."""
+    weight, importance = normal(5, 24, seed=7), normal(24, seed=8).square()
+    grid = Grid(1, 8, False)
+    scale, zero = fit_scale(weight, grid, clip=clip, importance=importance)
+    counted = importance if clip == "mse" else torch.ones_like(importance)
+    fitted = group_errors(weight, grid, scale, zero, counted)
+    for step in (*range(-40, 0), *range(1, 41)):
+        near = (scale.view(torch.int16) + step).view(torch.float16)
+        assert (group_errors(weight, grid, near, zero, counted) >= fitted * (1 - 1e-12)).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    group_bits=st.lists(st.sampled_from([1, 2, 3, 4, 8]), min_size=1, max_size=6),
+    size=st.integers(1, 7),
+    symmetric=st.booleans(),
+    clip=st.sampled_from(["none", "mse"]),
+    seed=st.integers(0, 1000),
+)
+def test_mixed_groups_are_each_on_their_own_grid(
+    group_bits: list[int], size: int, symmetric: bool, clip: Any, seed: int
+) -> None:
+    grid = Grid(4, size, symmetric, tuple(group_bits))
+    columns = size * len(group_bits)
+    weight, importance = normal(3, columns, seed=seed), normal(columns, seed=seed + 1).square()
+    scale, zero = fit_scale(weight, grid, clip=clip, importance=importance)
+    assert (scale.dtype, zero.dtype, scale.shape) == (torch.float16, torch.uint8, (3, len(group_bits)))
+    quantized = QuantizedWeight(grid, quantize_to_grid(weight, scale, zero, grid), scale, zero)
+    for group in range(len(group_bits)):
+        part, own = slice(group * size, (group + 1) * size), grid.of_group(group)
+        alone = fit_scale(weight[:, part], own, clip=clip, importance=importance[part])
+        assert torch.equal(scale[:, group : group + 1], alone[0])
+        assert torch.equal(zero[:, group : group + 1], alone[1])
+        codes = quantize_to_grid(weight[:, part], *alone, own)
+        assert torch.equal(quantized.codes[:, part], codes)
+        restored = QuantizedWeight(own, codes, *alone).dequantize()
+        assert torch.equal(quantized.dequantize()[:, part], restored)
+        if group_bits[group] == 1:
+            assert set(codes.unique().tolist()) <= {0, 2}
+            torch.testing.assert_close(restored.abs(), alone[0].float().expand(-1, size), rtol=0, atol=0)
 
 
 def test_importance_is_honoured() -> None:
@@ -190,14 +249,35 @@ def test_grid_arithmetic_and_errors() -> None:
     assert Grid(3, 4, True).levels == 8
     assert (Grid(3, 4, True).width(12), Grid(3, 4, True).num_groups(12)) == (4, 3)
     assert (Grid(3, None, True).width(12), Grid(3, None, True).num_groups(12)) == (12, 1)
-    for bits in (0, 1, 5, 16, -4):
-        with pytest.raises(ValueError, match=f"bits: {bits} is not supported; valid: 2, 3, 4, 8"):
+    for bits in (0, 5, 16, -4):
+        with pytest.raises(ValueError, match=f"^bits: {bits} is not supported; valid: 1, 2, 3, 4, 8"):
             Grid(bits, 4, True)
+        with pytest.raises(ValueError, match=f"group_bits: {bits} is not supported; valid: 1, 2, 3, 4, 8"):
+            Grid(4, 4, True, (4, bits))
     for size in (0, -1):
         with pytest.raises(ValueError, match=f"group_size: {size}; valid: a positive"):
             Grid(4, size, True)
     with pytest.raises(ValueError, match="group_size: 5 does not divide the 12 input channels"):
         Grid(4, 5, True).num_groups(12)
+    with pytest.raises(ValueError, match="group_bits: given without a group_size"):
+        Grid(4, None, True, (4,))
+    for method in ("width", "num_groups", "bits_of_groups", "mean_bits"):
+        with pytest.raises(ValueError, match="group_bits: 2 widths; valid: 3, one per group"):
+            getattr(Grid(4, 4, True, (1, 2)), method)(12)
+    with pytest.raises(ValueError, match="group_bits: 2 widths; valid: 3, one per group"):
+        fit_scale(normal(2, 12), Grid(4, 4, True, (1, 2)))
+
+
+def test_mixed_grid_arithmetic() -> None:
+    grid = Grid(8, 4, False, (1, 3, 4))
+    assert [grid.of_group(group) for group in range(3)] == [Grid(bits, None, False) for bits in (1, 3, 4)]
+    assert grid.bits_of_groups(12) == (1, 3, 4)
+    assert grid.mean_bits(12) == pytest.approx(8 / 3)
+    assert Grid(3, 4, True).bits_of_groups(12) == (3, 3, 3)
+    assert (Grid(3, 4, True).mean_bits(12), Grid(3, None, True).mean_bits(12)) == (3, 3)
+    from_json = Grid(**json.loads(json.dumps(dataclasses.asdict(grid))))
+    assert from_json == grid
+    assert hash(from_json) == hash(grid)
 
 
 def test_wrong_weights_and_importance() -> None:

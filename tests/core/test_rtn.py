@@ -30,6 +30,24 @@ def test_equals_the_oracle(bits: int, group_size: int | None, symmetric: bool, c
             np.testing.assert_array_equal(quantized.codes[row, part].numpy(), obs.snap(values, scale, zero, bits))
 
 
+@pytest.mark.parametrize("clip", ["none", "mse"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_mixed_widths_equal_the_oracle(symmetric: bool, clip: Any) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(4, 12, generator=generator, dtype=torch.float64)
+    importance = torch.rand(12, generator=generator, dtype=torch.float64)
+    group_bits = (3, 1, 2, 1, 8, 4)
+    quantized = rtn(weight, Grid(2, 2, symmetric, group_bits), clip=clip, importance=importance)
+    for row in range(4):
+        for group, bits in enumerate(group_bits):
+            part = slice(group * 2, (group + 1) * 2)
+            values = weight[row, part].numpy()
+            scale, zero = obs.fit(values, bits, symmetric, clip, importance[part].numpy())
+            assert float(quantized.scale[row, group]) == scale
+            assert float(quantized.zero[row, group]) == zero
+            np.testing.assert_array_equal(quantized.codes[row, part].numpy(), obs.snap(values, scale, zero, bits))
+
+
 def test_a_weight_on_its_grid_is_kept() -> None:
     codes = torch.tensor([[0, 15, 3, 8], [15, 0, 7, 9]])
     weight = (codes.float() - 8) * 0.25

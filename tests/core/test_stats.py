@@ -1,5 +1,6 @@
-"""The weighted Hessian against a sum over single tokens in float64."""
+"""The weighted Hessian and the other sums of a layer's input against sums over single tokens in float64."""
 
+import dataclasses
 from itertools import pairwise
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dllmquant.core.stats import HessianAccumulator
+from dllmquant.core.stats import HessianAccumulator, InputStatistics
 
 FEATURES = 7
 
@@ -28,10 +29,47 @@ def brute_force(x: Tensor, weights: Tensor) -> Tensor:
     return total / weights.sum()
 
 
+def brute_force_all(x: Tensor, weights: Tensor, full: Tensor | None = None) -> InputStatistics:
+    """Every statistic, one token at a time; `full` [..., features] are the tokens of the full-precision path."""
+    absmax, mean_abs, cross = [0.0] * FEATURES, [0.0] * FEATURES, torch.zeros(FEATURES, FEATURES, dtype=torch.float64)
+    used = [j for j in range(weights.numel()) if weights.flatten()[j] > 0]
+    for j in used:
+        share, token = float(weights.flatten()[j] / weights.sum()), x.reshape(-1, FEATURES)[j]
+        for i in range(FEATURES):
+            absmax[i] = max(absmax[i], abs(float(token[i])))
+            mean_abs[i] += share * abs(float(token[i]))
+        if full is not None:
+            other = full.reshape(-1, FEATURES)[j]
+            for row in range(FEATURES):
+                cross[row] += share * (other[row] - token[row]) * token
+    return InputStatistics(
+        hessian=brute_force(x, weights),
+        absmax=torch.tensor(absmax, dtype=torch.float64),
+        mean_abs=torch.tensor(mean_abs, dtype=torch.float64),
+        tokens=len(used),
+        cross=None if full is None else cross,
+    )
+
+
+def same(result: InputStatistics, expected: InputStatistics, tolerance: float = 1e-10) -> None:
+    for name in ("hessian", "absmax", "mean_abs", "cross"):
+        one, other = getattr(result, name), getattr(expected, name)
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, check_dtype=False)
+    assert result.tokens == expected.tokens
+
+
 def accumulate(*batches: tuple[Tensor, Tensor | None], dtype: torch.dtype = torch.float64) -> HessianAccumulator:
     accumulator = HessianAccumulator(FEATURES, dtype=dtype)
     for x, weights in batches:
         accumulator.add(x, weights)
+    return accumulator
+
+
+def accumulate_both(*batches: tuple[Tensor, Tensor, Tensor]) -> HessianAccumulator:
+    """From batches of quantized-path tokens, weights, full-precision-path tokens."""
+    accumulator = HessianAccumulator(FEATURES, dtype=torch.float64, cross=True)
+    for x, weights, full in batches:
+        accumulator.add(x, weights, full)
     return accumulator
 
 
@@ -162,3 +200,124 @@ def test_errors() -> None:
         accumulator.load_state_dict(HessianAccumulator(3).state_dict())
     with pytest.raises(ValueError, match=r"dtype: torch.bfloat16 is too narrow"):
         HessianAccumulator(3, dtype=torch.bfloat16)
+
+
+def test_statistics_equal_the_sums_over_tokens() -> None:
+    x, weights = tokens(3, 5)
+    weights[1, 2:] = 0
+    same(accumulate((x, weights)).statistics(), brute_force_all(x, weights))
+    full = tokens(3, 5, seed=1)[0]
+    both = accumulate_both((x, weights, full)).statistics()
+    same(both, brute_force_all(x, weights, full))
+    assert both.cross is not None
+    used = weights > 0
+    mixed = torch.einsum("t,ti,tj->ij", weights[used], full[used], x[used]) / weights.sum()
+    torch.testing.assert_close(both.hessian + both.cross, mixed)  # E x x̃ᵀ
+
+
+def test_statistics_by_hand() -> None:
+    accumulator = HessianAccumulator(2, dtype=torch.float64, cross=True)
+    quantized, full = torch.tensor([[1.0, -2.0], [-3.0, 0.0]]), torch.tensor([[1.5, -2.0], [-3.0, 1.0]])
+    accumulator.add(quantized, torch.tensor([2.0, 1.0]), full)
+    result = accumulator.statistics()
+    assert result.cross is not None
+    assert result.absmax.tolist() == [3, 2]
+    assert (result.mean_abs * 3).tolist() == [5, 4]
+    assert (result.cross * 3).tolist() == [[1, -2], [-3, 0]]  # 2·(½, 0)ᵀ(1, −2) + 1·(0, 1)ᵀ(−3, 0)
+
+
+def test_equal_paths_have_no_cross_statistic() -> None:
+    x, weights = tokens(4)
+    assert not bool(accumulate_both((x, weights, x)).statistics().cross.any())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("bad", [0.0, 1e30, float("nan"), float("inf")])
+def test_statistics_exclude_tokens_of_weight_zero(bad: float) -> None:
+    (x, weights), full = tokens(6), tokens(6, seed=1)[0]
+    weights[[1, 4]] = 0
+    expected = brute_force_all(x, weights, full)
+    x[1] = full[1] = x[4] = bad
+    same(accumulate_both((x, weights, full)).statistics(), expected)
+
+
+def test_narrow_paths_are_subtracted_in_float32() -> None:
+    (x, weights), full = tokens(50), tokens(50, seed=1)[0]
+    narrow, other = x.bfloat16(), (x + 1e-2 * full).bfloat16()
+    accumulator = HessianAccumulator(FEATURES, cross=True)
+    accumulator.add(narrow, weights, other)
+    result = accumulator.statistics()
+    same(result, brute_force_all(narrow.double(), weights, other.double()), 1e-5)
+    assert {part.dtype for part in vars(result).values() if isinstance(part, Tensor)} == {torch.float32}
+
+
+@settings(max_examples=25, deadline=None)
+@given(cuts=st.lists(st.integers(0, 12), max_size=4), merged=st.booleans(), seed=st.integers(0, 99))
+def test_statistics_do_not_depend_on_splits_and_merges(cuts: list[int], merged: bool, seed: int) -> None:
+    (x, weights), full = tokens(12, seed=seed), tokens(12, seed=seed + 100)[0]
+    weights[seed % 12] = 0
+    parts = [(x[low:high], weights[low:high], full[low:high]) for low, high in pairwise([0, *sorted(cuts), 12])]
+    if merged:
+        accumulator = accumulate_both()
+        for part in reversed(parts):
+            accumulator.merge(accumulate_both(part))
+    else:
+        accumulator = accumulate_both(*parts)
+    result = accumulator.statistics()
+    same(result, brute_force_all(x, weights, full))
+    energy = result.hessian.diagonal()
+    assert bool((result.mean_abs.square() <= energy * (1 + 1e-12)).all())
+    assert bool((energy <= result.absmax * result.mean_abs * (1 + 1e-12)).all())
+
+
+def test_statistics_survive_the_state_dict() -> None:
+    (x, weights), full = tokens(4, seed=1), tokens(4, seed=2)[0]
+    source = accumulate_both((x, weights, full))
+    state = source.state_dict()
+    kept = {key: value.clone() for key, value in state.items()}
+    restored, other = accumulate_both(), accumulate_both()
+    restored.load_state_dict(state)
+    other.load_state_dict(state)
+    for accumulator in (source, restored):
+        accumulator.add(2 * full, weights, x)
+    same(restored.statistics(), source.statistics(), 0)
+    assert all(torch.equal(state[key], kept[key]) for key in state)
+    same(other.statistics(), brute_force_all(x, weights, full))
+
+
+def test_statistics_are_copies() -> None:
+    (x, weights), full = tokens(4), tokens(4, seed=1)[0]
+    accumulator = accumulate_both((x, weights, full))
+    result = accumulator.statistics()
+    for part in (result.hessian, result.absmax, result.mean_abs, result.cross):
+        assert part is not None
+        part.zero_()
+    same(accumulator.statistics(), brute_force_all(x, weights, full))
+
+
+def test_statistics_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        accumulate(tokens(3)).statistics().tokens = 0  # type: ignore[misc]
+
+
+def test_errors_of_the_second_path() -> None:
+    x, weights = tokens(2, 3)
+    one, both = HessianAccumulator(FEATURES), HessianAccumulator(FEATURES, cross=True)
+    with pytest.raises(ValueError, match="no token with a positive weight"):
+        both.statistics()
+    for accumulator, full in ((one, x), (both, None)):
+        with pytest.raises(ValueError, match=r"full: .* valid: both or neither"):
+            accumulator.add(x, weights, full)
+    with pytest.raises(ValueError, match=r"full: shape \(2, 2, 7\), expected \(2, 3, 7\)"):
+        both.add(x, weights, x[:, 1:])
+    for bad in (float("nan"), float("inf")):
+        broken = x.clone()
+        broken[0, 1, 2] = bad
+        with pytest.raises(ValueError, match="full: a token with a positive weight holds NaN"):
+            both.add(x, weights, broken)
+    assert (both.tokens, both.total_weight) == (0, 0)
+    assert not any(bool(value.any()) for value in both.state_dict().values())  # a refused batch leaves no trace
+    for first, second in ((one, both), (both, one)):
+        with pytest.raises(ValueError, match=r"other: .* cross sum, .* valid: both or neither"):
+            first.merge(second)
+        with pytest.raises(ValueError, match=r"state: .* cross sum; valid: both or neither"):
+            first.load_state_dict(second.state_dict())

@@ -158,6 +158,101 @@ def test_a_small_segment_gives_away_only_what_it_lacks() -> None:
     assert selection.notes == ("segment 1 of 4 holds 4 states, its quota asks for 5; 1 redistributed",)
 
 
+def test_a_quota_of_zero_is_kept_while_others_hold_states() -> None:
+    """Segments hold 8 states each; the shortfall of the first goes to the third, the second being excluded."""
+    record = trajectories([12] * 2)
+    selection = select(record, 14, quotas=(0.7, 0.0, 0.3))
+    assert selection.requested == (10, 0, 4)
+    assert selection.counts == (8, 0, 6)
+    assert selection.notes == ("segment 1 of 3 holds 8 states, its quota asks for 10; 2 redistributed",)
+
+
+def test_a_quota_of_zero_gives_way_when_nothing_else_is_left() -> None:
+    selection = select(trajectories([12] * 2), 20, quotas=(0.7, 0.0, 0.3))
+    assert selection.counts == (8, 4, 8)
+    assert selection.notes == (
+        "segment 1 of 3 holds 8 states, its quota asks for 14; 6 redistributed",
+        "segment 2 of 3 has quota 0 but gives 4 states: the others hold no more",
+    )
+
+
+def test_a_quota_rounded_to_no_state_is_not_a_quota_of_zero() -> None:
+    """One state is wanted, of the first segment; the others may replace it, for their shares are not 0."""
+    record = trajectories([12])
+    record["valid"] = torch.zeros(1, 12, dtype=torch.bool)
+    record["valid"][0, 0] = True  # a trajectory of one step lies in the first segment
+    assert select(record, 1, quotas=(0.4, 0.6)).counts == (1, 0)
+
+
+def test_segments_of_the_states_and_what_was_recorded() -> None:
+    """Against counting by hand; the second trajectory stands still at a ratio of 0.5."""
+    record = trajectories([16, 8])
+    record["mask_ratio"][1] = 0.5
+    selection = select(record, 10, quotas=(0.25, 0.25, 0.25, 0.25), mask_ratio_buckets=2)
+    assert list(selection.segments) == [quarter(s.step, (16, 8)[s.trajectory]) for s in selection.states]
+    table = [[0, 0] for _ in range(4)]
+    for trajectory, length in enumerate((16, 8)):
+        for step in range(length):
+            table[quarter(step, length)][record["mask_ratio"][trajectory, step] > 0.5] += 1
+    assert selection.recorded == tuple(map(tuple, table))
+
+
+def uneven(seed: int) -> dict[str, Tensor]:
+    """Ratios that crowd at the top, with a few states in every other bucket of every segment."""
+    ratios = 1 - torch.rand(6, 40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 6
+    return trajectories([40] * 6) | {"mask_ratio": ratios}
+
+
+def cells(selection: Selection, record: dict[str, Tensor], buckets: int) -> set[tuple[int, int]]:
+    ratios = [float(record["mask_ratio"][s.trajectory, s.step]) for s in selection.states]
+    return {
+        (segment, next(b for b in range(buckets) if ratio <= (b + 1) / buckets))
+        for segment, ratio in zip(selection.segments, ratios, strict=True)
+    }
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_recorded_bucket_of_a_segment_gives_a_state(seed: int) -> None:
+    record = uneven(seed)
+    plain, covered = select(record, 40, seed), select(record, 40, seed, mask_ratio_buckets=4)
+    recorded = {(s, b) for s in range(4) for b in range(4) if covered.recorded[s][b]}
+    assert cells(covered, record, 4) == recorded
+    assert cells(plain, record, 4) < recorded  # the strata alone miss some
+    assert len(set(covered.states)) == len(covered.states) == 40
+    assert covered.counts == plain.counts
+    # Only as many states are exchanged as buckets were missed.
+    assert len(set(plain.states) - set(covered.states)) == len(recorded - cells(plain, record, 4))
+
+
+def test_few_states_go_to_different_buckets_and_none_is_emptied() -> None:
+    for seed in range(6):
+        record = uneven(seed)
+        plain, covered = select(record, 8, seed), select(record, 8, seed, mask_ratio_buckets=8)
+        assert cells(plain, record, 8) <= cells(covered, record, 8)
+        for segment, count in enumerate(covered.counts):
+            held = sum(map(bool, covered.recorded[segment]))
+            assert len({b for s, b in cells(covered, record, 8) if s == segment}) == min(count, held)
+
+
+def test_exchanged_states_come_of_prompts_that_gave_few() -> None:
+    """Prompts 0 to 2 record the upper bucket only; of the others, with one low state each, none has given a state."""
+    record = trajectories([8] * 5)
+    record["mask_ratio"][:] = torch.linspace(0.99, 0.9, 8)
+    record["mask_ratio"][3, 0] = record["mask_ratio"][4, 0] = 0.1
+    record["valid"][3:, 1:] = False
+    for seed in range(20):
+        states = select(record, 3, seed, quotas=(1.0,), mask_ratio_buckets=2).states
+        assert sum(s.trajectory >= 3 for s in states) == 1
+        assert len({s.trajectory for s in states}) == 3
+
+
+def test_covered_buckets_change_nothing() -> None:
+    """An even schedule fills its cells by itself: the states are those of no buckets at all."""
+    record = trajectories([40] * 4)
+    for seed in range(4):
+        assert select(record, 24, seed, mask_ratio_buckets=4).states == select(record, 24, seed).states
+
+
 def test_everything_can_be_selected() -> None:
     lengths = [3, 9, 6]
     selection = select(trajectories(lengths), 18)
@@ -169,16 +264,18 @@ def test_everything_can_be_selected() -> None:
     lengths=st.lists(st.integers(0, 12), min_size=1, max_size=5).filter(any),
     share=st.floats(0, 1),
     parts=st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any),
+    buckets=st.integers(1, 5),
     seed=st.integers(0, 1000),
 )
-def test_properties(lengths: list[int], share: float, parts: list[int], seed: int) -> None:
+def test_properties(lengths: list[int], share: float, parts: list[int], buckets: int, seed: int) -> None:
     """The right number, nothing twice, nothing invalid, every state in its segment, quotas within one state."""
     available = sum(lengths)
     wanted = max(1, int(share * available))
     quotas = [part / sum(parts) for part in parts]
     record = trajectories([max(length, 1) for length in lengths], steps=12)
     record["valid"] &= torch.tensor(lengths)[:, None] > 0
-    selection = select(record, wanted, seed, quotas=quotas)
+    selection = select(record, wanted, seed, quotas=quotas, mask_ratio_buckets=buckets)
+    assert sum(map(sum, selection.recorded)) == available
     assert len(selection.states) == len(set(selection.states)) == sum(selection.counts) == wanted
     assert sum(selection.requested) == wanted
     for request, part in zip(selection.requested, parts, strict=True):
@@ -199,6 +296,8 @@ def test_errors() -> None:
     for quotas in ((), (0.5, 0.4), (1.2, -0.2)):
         with pytest.raises(ValueError, match=r"quotas: .*; valid: non-negative and summing to 1"):
             select(record, 4, quotas=quotas)
+    with pytest.raises(ValueError, match="mask_ratio: 0 parts; valid: at least 1"):
+        select(record, 4, mask_ratio_buckets=0)
     for name in record:
         with pytest.raises(ValueError, match=r"mask_ratio, valid, block: shapes .*\(2, 7\)"):
             select(record | {name: record[name][:, 1:]}, 4)

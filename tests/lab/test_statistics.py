@@ -1,5 +1,6 @@
 import itertools
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from dllmquant.lab.statistics import mcnemar_exact, paired_difference, wilson_interval
+from dllmquant.lab.statistics import (
+    mcnemar_exact,
+    paired_difference,
+    paired_difference_clustered,
+    recovered_share,
+    wilson_interval,
+)
 
 Bools = NDArray[np.bool_]
 outcomes = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40).map(lambda x: np.array(x).T)
@@ -126,6 +133,124 @@ def test_more_confidence_is_wider() -> None:
     assert wide.low < narrow.low < narrow.difference < narrow.high < wide.high
 
 
+# several runs
+
+
+def runs(items: int, columns: int, share: float, spread: float, seed: int) -> Bools:
+    """Answers of several runs: items differ in how hard they are, runs of one item agree more than by chance."""
+    rng = np.random.default_rng(seed)
+    hardness = np.clip(share + spread * rng.standard_normal((items, 1)), 0, 1)
+    found: Bools = rng.random((items, columns)) < hardness
+    return found
+
+
+def flipped_by_enumeration(a: Bools, b: Bools) -> float:
+    """Share of all sign patterns with a sum as far from 0 as the observed one, in exact fractions."""
+    d = [Fraction(int(y.sum()), len(y)) - Fraction(int(x.sum()), len(x)) for x, y in zip(a, b, strict=True)]
+    patterns = list(itertools.product((1, -1), repeat=len(d)))
+    sums = [abs(sum(sign * each for sign, each in zip(signs, d, strict=True))) for signs in patterns]
+    return sum(each >= abs(sum(d)) for each in sums) / len(sums)
+
+
+@pytest.mark.parametrize(("runs_a", "runs_b"), [(1, 1), (1, 3), (2, 3), (2, 4), (4, 4)])
+def test_sign_flips_by_enumeration(runs_a: int, runs_b: int) -> None:
+    for seed in range(5):
+        a, b = runs(10, runs_a, 0.4, 0.3, seed), runs(10, runs_b, 0.7, 0.3, seed + 100)
+        found = paired_difference_clustered(a, b, resamples=10)
+        assert found.p_value == pytest.approx(flipped_by_enumeration(a, b), rel=1e-10)
+        assert found.difference == pytest.approx(b.mean(axis=1).mean() - a.mean(axis=1).mean(), abs=1e-12)
+        d = b.mean(axis=1) - a.mean(axis=1)
+        assert (found.n, found.only_a, found.only_b) == (10, (d < -1e-9).sum(), (d > 1e-9).sum())
+
+
+@given(outcomes)
+def test_one_run_each_is_the_paired_difference(pairs: Bools) -> None:
+    a, b = pairs
+    found = paired_difference_clustered(a[:, None], b[:, None], resamples=300)
+    assert found.p_value == pytest.approx(mcnemar_exact(a, b), rel=1e-9)
+    alone = paired_difference(a, b, resamples=300)
+    assert (found.n, found.only_a, found.only_b) == (alone.n, alone.only_a, alone.only_b)
+    assert found.difference == pytest.approx(alone.difference)
+
+
+def test_items_are_resampled_not_runs() -> None:
+    a, b = runs(120, 2, 0.6, 0.4, seed=1), runs(120, 3, 0.75, 0.4, seed=2)
+    rng = np.random.default_rng(3)
+    index = rng.integers(120, size=(20_000, 120))
+    means = b[index].mean(axis=(1, 2)) - a[index].mean(axis=(1, 2))
+    found = paired_difference_clustered(a, b, resamples=20_000)
+    assert found.low == pytest.approx(np.quantile(means, 0.025), abs=0.005)
+    assert found.high == pytest.approx(np.quantile(means, 0.975), abs=0.005)
+
+
+def test_a_run_that_is_repeated_tells_nothing_new() -> None:
+    a, b = runs(80, 1, 0.6, 0.3, seed=1), runs(80, 1, 0.75, 0.3, seed=2)
+    once = paired_difference_clustered(a, b)
+    again = paired_difference_clustered(a, np.repeat(b, 3, axis=1))
+    assert again.low == pytest.approx(once.low)
+    assert again.high == pytest.approx(once.high)
+    assert again.p_value == pytest.approx(once.p_value)
+    assert (again.only_a, again.only_b) == (once.only_a, once.only_b)
+
+
+def test_clustered_difference_is_antisymmetric_and_blind_to_order() -> None:
+    a, b = runs(60, 2, 0.6, 0.3, seed=1), runs(60, 3, 0.7, 0.3, seed=2)
+    one, other = paired_difference_clustered(a, b), paired_difference_clustered(b, a)
+    assert one.difference == -other.difference
+    assert one.p_value == other.p_value
+    order = np.random.default_rng(4).permutation(60)
+    assert paired_difference_clustered(a[order], b[order][:, ::-1]) == one
+
+
+def test_clustered_interval_covers_the_truth() -> None:
+    hits, trials = 0, 200
+    for trial in range(trials):
+        rng = np.random.default_rng(trial)
+        hardness = rng.random((150, 1))
+        found = paired_difference_clustered(
+            rng.random((150, 3)) < 0.6 * hardness, rng.random((150, 3)) < 0.6 * hardness + 0.2, resamples=300
+        )
+        hits += found.low <= 0.2 <= found.high
+    assert stats.binomtest(hits, trials, 0.95).pvalue > 0.001
+
+
+# the recovered share
+
+
+def test_recovered_share_agrees_with_resampling_items() -> None:
+    full, least, most = (
+        runs(300, n, share, 0.1, seed) for seed, (n, share) in enumerate([(1, 0.9), (1, 0.5), (3, 0.8)])
+    )
+    found = recovered_share(full, least, most, resamples=20_000)
+    assert found is not None
+    index = np.random.default_rng(3).integers(300, size=(20_000, 300))
+    means = [each[index].mean(axis=(1, 2)) for each in (full, least, most)]
+    shares = (means[2] - means[1]) / (means[0] - means[1])
+    assert found.low == pytest.approx(np.quantile(shares, 0.025), abs=0.02)
+    assert found.high == pytest.approx(np.quantile(shares, 0.975), abs=0.02)
+    assert found.share == pytest.approx((most.mean() - least.mean()) / (full.mean() - least.mean()))
+    assert found.low < found.share < found.high
+    assert found.n == 300
+
+
+def test_recovered_share_of_the_ends() -> None:
+    full, least = runs(100, 1, 0.9, 0.1, seed=1), runs(100, 1, 0.4, 0.1, seed=2)
+    whole, nothing = (recovered_share(full, least, each) for each in (full, least))
+    assert whole is not None
+    assert nothing is not None
+    assert (whole.share, whole.low, whole.high) == (1, 1, 1)
+    assert (nothing.share, nothing.low, nothing.high) == (0, 0, 0)
+
+
+def test_nothing_to_recover() -> None:
+    full = np.ones((50, 1), dtype=np.bool_)
+    slightly = full.copy()
+    slightly[0] = False
+    assert recovered_share(full, full, full) is None
+    assert recovered_share(full, slightly, full) is None
+    assert recovered_share(slightly, full, full) is None
+
+
 # Wilson
 
 
@@ -186,6 +311,29 @@ def test_invalid_answers(function: Any, a: Any, b: Any, message: str) -> None:
 def test_invalid_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         paired_difference(TRUE, TRUE, **options)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (TRUE, TRUE[:, None], r"a has shape \(2,\) and dtype bool; valid: a boolean array \[items, runs\]"),
+        (TRUE[:, None], np.array([[1], [0]]), "b has shape .* dtype int64; valid: a boolean array"),
+        (TRUE[:, None], np.zeros((2, 0), dtype=np.bool_), r"b has shape \(2, 0\)"),
+        (TRUE[:, None], TRUE[:1, None], "items: a 2, b 1; valid: the same number"),
+    ],
+)
+def test_invalid_runs(a: Any, b: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        paired_difference_clustered(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"confidence": 1}, "confidence is 1; valid"), ({"resamples": 0}, "resamples is 0; valid")]
+)
+def test_invalid_options_of_runs(options: dict[str, Any], message: str) -> None:
+    for function, count in ((paired_difference_clustered, 2), (recovered_share, 3)):
+        with pytest.raises(ValueError, match=message):
+            function(*[TRUE[:, None]] * count, **options)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(

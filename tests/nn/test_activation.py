@@ -1,5 +1,7 @@
 """Dynamic activation quantization against a loop over single groups in float64."""
 
+import dataclasses
+import json
 from typing import Any
 
 import numpy as np
@@ -142,8 +144,53 @@ def test_a_token_that_is_not_finite_becomes_nan_and_no_other(symmetric: bool, ba
     assert torch.equal(result[[0, 2]], clean[[0, 2]])
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    group_bits=st.lists(st.integers(2, 8), min_size=1, max_size=5),
+    size=st.integers(1, 6),
+    symmetric=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 999),
+)
+def test_groups_of_several_widths_are_each_quantized_to_theirs(
+    group_bits: list[int], size: int, symmetric: bool, dtype: torch.dtype, seed: int
+) -> None:
+    x = tokens(2, 3, size * len(group_bits), seed=seed, dtype=dtype)
+    scheme = ActivationScheme(4, size, symmetric, tuple(group_bits))
+    alone = [
+        quantize_activation(part, ActivationScheme(bits, None, symmetric))
+        for part, bits in zip(x.split(size, dim=-1), group_bits, strict=True)
+    ]
+    result = quantize_activation(x, scheme)
+    assert result.dtype == dtype
+    assert torch.equal(result, torch.cat(alone, dim=-1))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_mixed_groups_that_are_not_finite_become_nan(symmetric: bool) -> None:
+    x = tokens(3, 12, seed=3).float()
+    x[1, 4], x[2, 0] = float("nan"), float("inf")
+    result = quantize_activation(x, ActivationScheme(8, 4, symmetric, (8, 2, 4)))
+    broken = torch.zeros(3, 12, dtype=torch.bool)
+    broken[1, 4:8] = broken[2, :4] = True
+    assert torch.equal(result.isnan(), broken)
+
+
+def test_errors_of_several_widths() -> None:
+    with pytest.raises(ValueError, match="group_bits: given without a group_size"):
+        ActivationScheme(4, None, True, (4, 8))
+    for bits in (1, 9, 16, 4.0):
+        with pytest.raises(ValueError, match=f"group_bits: {bits}; valid: 2 to 8"):
+            ActivationScheme(4, 4, True, (8, bits))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="group_bits: 2 widths; valid: 3, one per group"):
+        quantize_activation(tokens(2, 12), ActivationScheme(4, 4, True, (4, 8)))
+    from_json = ActivationScheme(**json.loads(json.dumps(dataclasses.asdict(ActivationScheme(4, 4, True, (4, 8))))))
+    assert from_json == ActivationScheme(4, 4, True, (4, 8))
+    assert hash(from_json) == hash(ActivationScheme(4, 4, True, (4, 8)))
+
+
 def test_errors() -> None:
-    for bits in (0, 1, 9):
+    for bits in (0, 1, 9, 16):
         with pytest.raises(ValueError, match=f"bits: {bits}; valid: 2 to 8"):
             ActivationScheme(bits)
     with pytest.raises(ValueError, match="group_size: 0; valid: a positive integer or None"):

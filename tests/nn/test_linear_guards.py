@@ -38,6 +38,18 @@ def test_symmetric_zero_points_are_not_dropped() -> None:
         )
 
 
+def test_zero_points_and_codes_of_one_bit_are_not_dropped() -> None:
+    random = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    weight = rtn(random, Grid(4, 8, False, (2, 1, 4, 1)))
+    zero, codes = weight.zero.clone(), weight.codes.clone()
+    zero[3, 1] = 0
+    with pytest.raises(ValueError, match=r"weight\.zero: not 1 everywhere in group 1"):
+        QuantLinear.from_quantized(dataclasses.replace(weight, zero=zero), None, None, torch.float32)
+    codes[3, 9] = 1
+    with pytest.raises(ValueError, match="codes: a group of one bit has a code that is neither 0 nor 2"):
+        QuantLinear.from_quantized(dataclasses.replace(weight, codes=codes), None, None, torch.float32)
+
+
 def test_float_weights_are_not_taken_for_codes() -> None:
     layer = QuantLinear(32, 16, Grid(8, None, True), None, bias=False)
     with pytest.raises(RuntimeError, match=r"size mismatch for weight"):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dllmquant.nn.packing import pack, packed_width, unpack
+from dllmquant.nn.packing import mixed_width, pack, pack_mixed, packed_width, unpack, unpack_mixed
 
 
 def random_codes(rows: int, columns: int, bits: int, seed: int) -> Tensor:
@@ -73,6 +73,81 @@ def test_rows_are_packed_apart() -> None:
     codes = random_codes(5, 7, 3, 0)
     for row in range(5):
         assert torch.equal(pack(codes, 3)[row : row + 1], pack(codes[row : row + 1], 3))
+
+
+def mixed_codes(rows: int, size: int, bits: list[int], seed: int) -> Tensor:
+    groups = [random_codes(rows, size, width, seed + g) << int(width == 1) for g, width in enumerate(bits)]
+    return torch.cat(groups, dim=1)
+
+
+def mixed_reference(codes: list[int], bits: list[int]) -> list[int]:
+    """For each width that occurs, narrowest first, the stream of its groups' codes."""
+    size = len(codes) // len(bits)
+    row = []
+    for width in range(1, 9):
+        own = [code for index, code in enumerate(codes) if bits[index // size] == width]
+        row += reference([code // 2 for code in own] if width == 1 else own, width)
+    return row
+
+
+def test_mixed_widths_as_drawn() -> None:
+    """Groups aA bB cC dD of the widths 3 1 3 1: a = 1, A = 2, b = 0, B = 2, c = 5, C = 6, d = 2, D = 0.
+
+    byte 0: . . . . D d B b = 0000 0 1 1 0     byte 1: c c A A A a a a = 01 010 001     byte 2: C C C c = 0000 110 1
+    """
+    codes = torch.tensor([[1, 2, 0, 2, 5, 6, 2, 0]], dtype=torch.uint8)
+    expected = [0b00000110, 0b01010001, 0b00001101]
+    assert pack_mixed(codes, (3, 1, 3, 1)).tolist() == [expected]
+    assert torch.equal(unpack_mixed(torch.tensor([expected], dtype=torch.uint8), (3, 1, 3, 1), 8), codes)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    bits=st.lists(st.integers(1, 8), min_size=1, max_size=9),
+    rows=st.integers(0, 4),
+    size=st.integers(1, 13),
+    seed=st.integers(0, 10_000),
+)
+def test_mixed_round_trip_and_reference(bits: list[int], rows: int, size: int, seed: int) -> None:
+    codes = mixed_codes(rows, size, bits, seed)
+    packed = pack_mixed(codes, bits)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (rows, mixed_width(size * len(bits), bits))
+    assert packed.tolist() == [mixed_reference(row, bits) for row in codes.tolist()]
+    restored = unpack_mixed(packed, bits, size * len(bits))
+    assert (restored.dtype, restored.shape) == (torch.uint8, codes.shape)
+    assert torch.equal(restored, codes)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_one_width_for_all_is_the_plain_layout(bits: int) -> None:
+    codes = random_codes(3, 35, bits, 1)
+    for groups in (1, 5, 35):
+        assert torch.equal(pack_mixed(codes, [bits] * groups), pack(codes, bits))
+        assert torch.equal(unpack_mixed(pack(codes, bits), [bits] * groups, 35), codes)
+
+
+def test_mixed_errors() -> None:
+    codes = mixed_codes(2, 4, [1, 3], 0)
+    for widths in ([], [2] * 3):
+        with pytest.raises(ValueError, match=f"bits: {len(widths)} widths; valid: a number that divides the 8 columns"):
+            pack_mixed(codes, widths)
+        with pytest.raises(ValueError, match=f"bits: {len(widths)} widths; valid: a number that divides the 8 columns"):
+            unpack_mixed(codes, widths, 8)
+    for width in (0, 9):
+        with pytest.raises(ValueError, match=f"bits: {width}; valid: 1 to 8"):
+            pack_mixed(codes, [3, width])
+    for code in (1, 3):
+        broken = codes.clone()
+        broken[1, 2] = code
+        with pytest.raises(ValueError, match="a group of one bit has a code that is neither 0 nor 2"):
+            pack_mixed(broken, [1, 3])
+    with pytest.raises(ValueError, match="codes: 7 does not fit in 2 bits"):
+        pack_mixed(torch.full((1, 8), 7, dtype=torch.uint8), [3, 2])
+    with pytest.raises(ValueError, match=r"expected a uint8 matrix, got torch\.int64"):
+        pack_mixed(codes.long(), [1, 3])
+    with pytest.raises(ValueError, match="packed: 3 bytes per row, expected 4"):
+        unpack_mixed(pack_mixed(codes, [1, 3]), [3, 3, 3, 4], 8)
 
 
 def test_errors() -> None:

@@ -5,6 +5,7 @@ spread over all of them (Frantar et al., eq. 2: δ = −(w_q − ŵ_q)/[H⁻¹]_
 removes q from the inverse. No Cholesky factor, no blocks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,12 +35,22 @@ def affine(low: float, high: float, bits: int, symmetric: bool) -> tuple[float, 
 
 
 def snap(values: Array, scale: float, zero: float, bits: int) -> Array:
-    """Nearest codes; halves go to the even one."""
+    """Nearest codes; halves go to the even one. One bit has the codes 0 and 2 about zero point 1."""
+    if bits == 1:
+        return np.where(np.abs(values + scale) < np.abs(values - scale), 0.0, 2.0)
     return np.minimum(np.maximum(np.rint(values / scale) + zero, 0), 2**bits - 1)
 
 
 def fit(values: Array, bits: int, symmetric: bool, clip: str, importance: Array) -> tuple[float, float]:
-    """Scale and zero point of one group; the "mse" clip tries every ratio and keeps the first of the best."""
+    """Scale and zero point of one group; the "mse" clip tries every ratio and keeps the first of the best.
+
+    One bit: the least squares solution of importance · (scale · sign(w) − w)², with "none" of equal importance.
+    """
+    if bits == 1:
+        rooted = np.sqrt(importance if clip == "mse" and importance.any() else np.ones_like(values))
+        signs = np.where(values < 0, -1.0, 1.0)
+        level = np.linalg.lstsq((rooted * signs)[:, None], rooted * values, rcond=None)[0][0]
+        return float(np.float16(max(level, 2.0**-24))), 1.0
     low, high = min(values.min(), 0.0), max(values.max(), 0.0)
     if symmetric:
         high = max(-low, high)
@@ -57,7 +68,7 @@ def fit(values: Array, bits: int, symmetric: bool, clip: str, importance: Array)
 def solve(
     weight: Array,
     hessian: Array,
-    bits: int,
+    bits: int | Sequence[int],
     group_size: int | None,
     symmetric: bool,
     *,
@@ -65,13 +76,14 @@ def solve(
     clip: str = "none",
     damping: float = 0.01,
 ) -> Oracle:
-    """Rounds a weight [out, in]. Dead columns (zero diagonal) must not occur here.
+    """Rounds a weight [out, in] to `bits`, for all groups or one per group. Dead columns (zero diagonal) must not occur.
 
     Groups are fitted to the original weights with `act_order`, else to the compensated ones when their first column
     is reached.
     """
     rows, columns = weight.shape
     width = group_size or columns
+    widths = [bits] * (columns // width) if isinstance(bits, int) else bits
     diagonal = np.diag(hessian)
     w = weight.astype(np.float64).copy()
     codes = np.zeros((rows, columns), dtype=np.int64)
@@ -82,7 +94,7 @@ def solve(
     def fit_group(group: int) -> None:
         part = slice(group * width, (group + 1) * width)
         for row in range(rows):
-            scale[row, group], zero[row, group] = fit(w[row, part], bits, symmetric, clip, diagonal[part])
+            scale[row, group], zero[row, group] = fit(w[row, part], widths[group], symmetric, clip, diagonal[part])
 
     remaining = sorted(range(columns), key=lambda q: -diagonal[q]) if act_order else list(range(columns))
     if act_order:
@@ -95,7 +107,7 @@ def solve(
             fit_group(q // width)
         for row in range(rows):
             s, z = scale[row, q // width], zero[row, q // width]
-            codes[row, q] = snap(w[row, q], s, z, bits)
+            codes[row, q] = snap(w[row, q], s, z, widths[q // width])
             restored[row, q] = (codes[row, q] - z) * s
         error = (w[:, q] - restored[:, q]) / inverse[q, q]
         w[:, rest] -= np.outer(error, inverse[q, rest])

@@ -1,0 +1,104 @@
+"""TMAS (DLLMQuant, arXiv 2508.14090): states of recorded denoising runs, by trajectory segment and mask ratio."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dllmquant.calibration.cache import cached_trajectory, trajectory_key
+from dllmquant.calibration.distributions.base import Cost, Drawn, Request
+from dllmquant.calibration.prompts import Prompt
+from dllmquant.core.coverage import measure_coverage
+from dllmquant.core.tmas import select_states
+from dllmquant.decoding import Trajectory
+from dllmquant.generation import encode_prompts, generate_tokens
+from dllmquant.models import adapter_for
+
+
+def trajectory_states(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], request: Request
+) -> Drawn:
+    """Decodes the prompts with the model's own sampler and selects states of the recorded runs; see `core.tmas`.
+
+    Args:
+        model: The model whose runs are recorded; nothing asks whether it is quantized.
+        tokenizer: Its tokenizer.
+        prompts: Prompts; all are decoded, completions are ignored.
+        request: How many states, of which segments, and how to decode.
+
+    Raises:
+        ValueError: The runs hold fewer states than asked for, or a prompt or a sampler setting is invalid.
+        OSError: The cache directory cannot be made.
+    """
+    trajectory, cost = record_trajectory(model, tokenizer, prompts, request)
+    segments, buckets = len(request.quotas), request.mask_ratio_buckets
+    selection = select_states(
+        trajectory.mask_ratio,
+        trajectory.valid,
+        trajectory.block,
+        num_states=request.num_states,
+        quotas=request.quotas,
+        mask_ratio_buckets=buckets,
+        generator=torch.Generator().manual_seed(request.seed),
+    )
+    batch = trajectory.states([(state.trajectory, state.step) for state in selection.states])
+    coverage = measure_coverage(
+        batch.mask,
+        batch.attention_mask,
+        batch.mask_ratio,
+        torch.tensor(selection.segments),
+        segments=segments,
+        buckets=buckets,
+        recorded=selection.recorded,
+    )
+    return Drawn(batch, coverage, cost, (*selection.notes, *coverage.notes(request.quotas)))
+
+
+def record_trajectory(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], request: Request
+) -> tuple[Trajectory, Cost]:
+    """Decodes the prompts and records every state, or reads the record of the same runs from the cache.
+
+    Raises:
+        ValueError: A prompt or a sampler setting is invalid.
+        OSError: The cache directory cannot be made.
+    """
+    start = time.perf_counter()
+    texts = [prompt if isinstance(prompt, str) else prompt[0] for prompt in prompts]
+    passes: list[int] = []
+
+    def record() -> Trajectory:
+        generation = generate_tokens(
+            model,
+            tokenizer,
+            texts,
+            batch_size=request.batch_size,
+            seed=request.seed,
+            record=True,
+            progress=request.progress,
+            **request.sampler,
+        )
+        passes.append(generation.forward_passes)
+        assert generation.trajectory is not None
+        return generation.trajectory
+
+    if request.cache is None:
+        trajectory = record()
+    else:
+        adapter = adapter_for(model)
+        key = trajectory_key(
+            model,
+            encode_prompts(tokenizer, texts),
+            adapter.sampler_config(model.config, **request.sampler),
+            seed=request.seed,
+            # Whatever else of model and tokenizer the sampler reads.
+            special_ids={
+                "mask": adapter.mask_id(model.config),
+                "pad": tokenizer.pad_token_id,
+                "eos": tokenizer.eos_token_id,
+                "eot": None if adapter.eot_token is None else tokenizer.get_vocab().get(adapter.eot_token),
+            },
+        )
+        trajectory = cached_trajectory(request.cache, key, record)
+    return trajectory, Cost(len(texts), sum(passes), time.perf_counter() - start, cached=not passes)
