@@ -7,13 +7,18 @@ import pytest
 import torch
 from torch import nn
 
+from dllmquant import pipeline
 from dllmquant.calibration import builtin_prompts, collect_states
+from dllmquant.core.gptaq import gptaq
 from dllmquant.core.gptq import gptq
 from dllmquant.core.grid import Grid
+from dllmquant.core.qronos import qronos
 from dllmquant.models import adapter_for
-from dllmquant.nn.activation import ActivationScheme
+from dllmquant.nn.activation import ActivationScheme, quantize_activation
 from dllmquant.nn.linear import QuantLinear
-from dllmquant.pipeline import make_plan, quantize_blocks
+from dllmquant.pipeline import quantize_blocks
+from dllmquant.plan import make_plan
+from dllmquant.preparation import prepare
 from dllmquant.quantizer import DLLMQuantizer
 from dllmquant.recipe import Recipe, RecipeError
 from tests.tiny import tiny_llada, tiny_recipe, tiny_tokenizer
@@ -31,29 +36,44 @@ def calibrated(model, recipe):
     )
 
 
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("attn_out",), ("ff_proj", "up_proj"), ("ff_out",))
+
+
+def inputs_of_layer(model, index, leaf, states):
+    """The input of one layer in a full forward pass."""
+    seen = []
+    module = model.model.transformer["blocks"][index].get_submodule(leaf)
+    handle = module.register_forward_pre_hook(lambda _module, args: seen.append(args[0].detach()))
+    model(states.batch.ids, attention_mask=states.batch.attention_mask)
+    handle.remove()
+    return seen[0]
+
+
 def whole_model_reference(model, recipe, states):
-    """Quantizes group by group with full forward passes of the whole model and Hessians summed token by token."""
+    """Quantizes group by group with full forward passes of two whole models and moments summed token by token."""
     grid = Grid(recipe.weights.bits, recipe.weights.group_size, recipe.weights.symmetric)
     scheme = ActivationScheme(recipe.activations.bits, recipe.activations.group_size, recipe.activations.symmetric)
-    groups = (("q_proj", "k_proj", "v_proj"), ("attn_out",), ("ff_proj", "up_proj"), ("ff_out",))
-    for block in model.model.transformer["blocks"]:
-        for group in groups:
-            seen = []
-            handle = block.get_submodule(group[0]).register_forward_pre_hook(
-                lambda module, args, seen=seen: seen.append(args[0].detach())
-            )
-            model(states.batch.ids, attention_mask=states.batch.attention_mask)
-            handle.remove()
-            hessian, total = 0.0, 0.0
-            for row, weights in zip(seen[0], states.weights, strict=True):
-                for x, w in zip(row.double(), weights.double(), strict=True):
+    full_model = copy.deepcopy(model)
+    for index, block in enumerate(model.model.transformer["blocks"]):
+        for group in GROUPS:
+            quantized = inputs_of_layer(model, index, group[0], states)
+            full = inputs_of_layer(full_model, index, group[0], states)
+            if recipe.weights.inputs == "quantized":
+                quantized = quantize_activation(quantized, scheme)
+            hessian, cross, total = 0.0, 0.0, 0.0
+            for row, full_row, weights in zip(quantized, full, states.weights, strict=True):
+                for x, source, w in zip(row.double(), full_row.double(), weights.double(), strict=True):
                     if w > 0:
                         hessian, total = hessian + w * torch.outer(x, x), total + w
+                        cross = cross + w * torch.outer(source - x, x)
+            moments = [(hessian / total).float()]
+            if recipe.weights.solver != "gptq":
+                moments.append((cross / total).float())
+            solver = {"gptq": gptq, "gptaq": gptaq, "qronos": qronos}[recipe.weights.solver]
             for name in group:
-                linear = block.get_submodule(name)
-                solved = gptq(
-                    linear.weight.detach(),
-                    (hessian / total).float(),
+                solved = solver(
+                    block.get_submodule(name).weight.detach(),
+                    *moments,
                     grid,
                     act_order=recipe.weights.act_order,
                     damping=recipe.weights.damping,
@@ -63,16 +83,27 @@ def whole_model_reference(model, recipe, states):
     return model
 
 
-@pytest.mark.parametrize("batch_size", [3, 12])
-def test_streaming_equals_a_whole_model_reference(batch_size):
-    recipe = Recipe.load(tiny_recipe())
+@pytest.mark.parametrize(
+    ("batch_size", "weights"),
+    [
+        (3, {}),
+        (12, {}),
+        (5, {"inputs": "quantized"}),
+        (5, {"solver": "gptaq"}),
+        (5, {"solver": "qronos", "inputs": "quantized"}),
+    ],
+    ids=str,
+)
+def test_streaming_equals_a_whole_model_reference(batch_size, weights):
+    recipe = Recipe.load(tiny_recipe(weights=weights))
     model = tiny_llada()
     states = calibrated(model, recipe)
     with torch.no_grad():
         reference = whole_model_reference(copy.deepcopy(model), recipe, states)
     adapter = adapter_for(model)
     plan = make_plan(model, adapter, recipe)
-    quantize_blocks(model, adapter, plan, recipe.weights, states, batch_size=batch_size, progress=False)
+    preparation = prepare(model, adapter, plan, recipe, states, progress=False)
+    quantize_blocks(model, adapter, plan, recipe, states, preparation, batch_size=batch_size, progress=False)
     agreed = []
     for name in plan.modules:
         ours, theirs = model.get_submodule(name).quantized_weight(), reference.get_submodule(name).quantized_weight()
@@ -181,7 +212,7 @@ def test_failure_in_the_first_block_leaves_the_model_untouched(monkeypatch):
             raise ValueError("no solution")
         return gptq(*args, **kwargs)
 
-    monkeypatch.setattr("dllmquant.pipeline.gptq", failing)
+    monkeypatch.setitem(pipeline._SOLVERS, "gptq", failing)
     with pytest.raises(ValueError, match=r"model\.transformer\.blocks\.0\.ff_proj: no solution"):
         DLLMQuantizer(tiny_recipe()).quantize(model, tokenizer=tiny_tokenizer(), progress=False)
     after = model.state_dict()

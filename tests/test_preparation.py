@@ -1,0 +1,220 @@
+"""What happens before solving: transforms keep the function, attention and errors are measured, bits are allocated."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dllmquant import DLLMQuantizer, Recipe, RecipeError
+from dllmquant.calibration import builtin_prompts, collect_states
+from dllmquant.core.allocate import allocate
+from dllmquant.models import adapter_for
+from dllmquant.nn.activation import ActivationScheme, quantize_activation
+from dllmquant.nn.linear import QuantLinear
+from dllmquant.plan import make_plan
+from dllmquant.preparation import block_token_weights, prepare
+from tests.tiny import tiny_llada, tiny_recipe, tiny_tokenizer
+
+SITES = ("q_proj", "attn_out", "ff_proj", "ff_out")
+
+
+def prepared(model, recipe):
+    """The states and the preparation of a recipe."""
+    states = collect_states(
+        model,
+        tiny_tokenizer(),
+        builtin_prompts(16, 0),
+        recipe.calibration,
+        recipe.token_weights,
+        seed=0,
+        progress=False,
+    )
+    adapter = adapter_for(model)
+    return states, prepare(model, adapter, make_plan(model, adapter, recipe), recipe, states, progress=False)
+
+
+def logits(model, states):
+    with torch.no_grad():
+        return model(states.batch.ids, attention_mask=states.batch.attention_mask).logits[states.batch.mask]
+
+
+def attention_by_hand(model, states, index):
+    """Attention received per token in block `index`, from explicit softmaxes, normalised to mean 1 over real tokens."""
+    blocks = model.model.transformer["blocks"]
+    seen = []
+    hook = lambda _module, args, kwargs: seen.append((args, kwargs))  # noqa: E731
+    handle = blocks[index].register_forward_pre_hook(hook, with_kwargs=True)
+    logits(model, states)
+    handle.remove()
+    (x, cos, sin), _ = seen[0]
+    block = blocks[index]
+    h = block.attn_norm(x)
+
+    def heads(linear):
+        return linear(h).unflatten(-1, (4, -1)).transpose(1, 2)
+
+    def rotate(t):
+        first, second = t.chunk(2, -1)
+        return t * cos + torch.cat((-second, first), -1) * sin
+
+    scores = rotate(heads(block.q_proj)) @ rotate(heads(block.k_proj)).mT / (x.shape[-1] // 4) ** 0.5
+    keep = states.batch.attention_mask
+    scores = scores.masked_fill(~keep[:, None, None, :], -torch.inf)
+    mass = torch.einsum("bhqk,bq->bk", scores.softmax(-1), states.weights) * keep
+    return mass / (mass.sum(1, keepdim=True) / keep.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    "transforms",
+    [
+        [{"kind": "smoothquant"}],
+        [{"kind": "awq", "grid_points": 3}],
+        [{"kind": "quarot"}],
+        [{"kind": "quarot", "values": False}, {"kind": "smoothquant", "alpha": 0.8}],
+    ],
+    ids=lambda transforms: "+".join(t["kind"] for t in transforms),
+)
+def test_folded_transforms_change_weights_but_not_the_function(transforms):
+    recipe = Recipe.load(tiny_recipe(transforms=transforms))
+    model = tiny_llada()
+    original = copy.deepcopy(model)
+    states, _ = prepared(model, recipe)
+    assert not torch.allclose(
+        model.model.transformer["blocks"][0].q_proj.weight, original.model.transformer["blocks"][0].q_proj.weight
+    )
+    torch.testing.assert_close(logits(model, states), logits(original, states), rtol=1e-3, atol=1e-3)
+
+
+def test_a_transform_that_breaks_the_function_is_an_error(monkeypatch):
+    def broken(block, producer, consumers, scales):
+        for consumer in consumers:
+            block.get_submodule(consumer).weight.data.mul_(scales)
+
+    monkeypatch.setattr("dllmquant.preparation.apply_scales", broken)
+    with pytest.raises(ValueError, match="smoothquant: changes what the model computes"):
+        prepared(tiny_llada(), Recipe.load(tiny_recipe(transforms=[{"kind": "smoothquant"}])))
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "duquant", "wush"])
+def test_input_transforms_reach_their_sites_only(kind):
+    recipe = tiny_recipe(transforms=[{"kind": kind, "sites": ["q_proj", "ff_out"], "block_size": 16}])
+    model = tiny_llada()
+    DLLMQuantizer(recipe).quantize(model, tokenizer=tiny_tokenizer(), progress=False)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            expected = name.rsplit(".", 1)[1] in ("q_proj", "k_proj", "v_proj", "ff_out")
+            assert (module.input_transform is not None) == expected, name
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "duquant", "wush"])
+def test_eight_bits_behind_an_input_transform_are_almost_the_model(kind):
+    """The transformed weight belongs to the transformed input: any mix-up would show at 8 bits."""
+    recipe = tiny_recipe(transforms=[{"kind": kind, "block_size": 16}], weights={"bits": 8}, activations={"bits": 8})
+    model = tiny_llada()
+    original = copy.deepcopy(model)
+    quantizer = DLLMQuantizer(recipe)
+    quantizer.quantize(model, tokenizer=tiny_tokenizer(), progress=False)
+    exact, rounded = logits(original, quantizer.states), logits(model, quantizer.states)
+    assert (exact - rounded).norm() < 0.05 * exact.norm()
+
+
+def test_interaction_is_the_attention_received_in_each_block():
+    model = tiny_llada()
+    recipe = Recipe.load(tiny_recipe(token_weights={"kind": "interaction"}))
+    states, preparation = prepared(model, recipe)
+    with torch.no_grad():
+        for index in range(2):
+            expected = attention_by_hand(model, states, index)
+            torch.testing.assert_close(preparation.token_weights[index], expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(preparation.token_weights[0], preparation.token_weights[1])
+
+
+def test_other_weights_are_the_states_own_in_every_block():
+    model = tiny_llada()
+    recipe = Recipe.load(tiny_recipe())
+    states, preparation = prepared(model, recipe)
+    received, weights = block_token_weights(model, adapter_for(model), recipe, states)
+    assert received == []
+    assert all(torch.equal(w, states.weights) for w in (*weights, *preparation.token_weights))
+
+
+def test_output_errors_are_interaction_weighted_relative_errors():
+    model = tiny_llada()
+    recipe = Recipe.load(tiny_recipe(activations={"allocation": {"mean_bits": 5}}))
+    states, preparation = prepared(model, recipe)
+    entry = next(e for e in preparation.allocation if e.site.endswith("blocks.1.ff_proj"))
+    block = model.model.transformer["blocks"][1]
+    seen = []
+    handle = block.ff_proj.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    with torch.no_grad():
+        logits(model, states)
+        handle.remove()
+        w = (states.weights * attention_by_hand(model, states, 1)).double().flatten()
+        x = seen[0].flatten(0, 1)
+        matrix = torch.cat((block.ff_proj.weight, block.up_proj.weight)).double()
+        for bits in (4, 8):
+            delta = (x - quantize_activation(x, ActivationScheme(bits))).double()
+            error = w @ (delta @ matrix.T).square().sum(1)
+            signal = w @ (x.double() @ matrix.T).square().sum(1)
+            assert entry.errors[bits] == pytest.approx(float(error / signal), rel=1e-4)
+
+
+def test_logit_errors_are_the_divergence_with_one_site_quantized():
+    model = tiny_llada()
+    recipe = Recipe.load(tiny_recipe(activations={"allocation": {"mean_bits": 5, "objective": "logits"}}))
+    states, preparation = prepared(model, recipe)
+    entry = next(e for e in preparation.allocation if e.site.endswith("blocks.0.attn_out"))
+    reference = logits(model, states).log_softmax(-1)
+    linear = model.model.transformer["blocks"][0].attn_out
+    scheme = ActivationScheme(4)
+    handle = linear.register_forward_pre_hook(lambda _module, args: (quantize_activation(args[0], scheme),))
+    got = logits(model, states).log_softmax(-1)
+    handle.remove()
+    weights = states.weights[states.batch.mask]
+    divergence = F.kl_div(got, reference, log_target=True, reduction="none").sum(-1)
+    assert entry.errors[4] == pytest.approx(float((divergence * weights).sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_allocation_spends_its_budget_where_the_errors_are(heads):
+    recipe = Recipe.load(tiny_recipe(activations={"allocation": {"mean_bits": 5, "heads": heads}}))
+    model = tiny_llada()
+    quantizer = DLLMQuantizer(recipe)
+    quantizer.quantize(model, tokenizer=tiny_tokenizer(), progress=False)
+    table = quantizer.allocation
+    widths = [64 if e.site.endswith("ff_out") else 8 if e.unit is not None else 32 for e in table]
+    assert len(table) == (2 * (3 + 4) if heads else 2 * 4)
+    mean = sum(e.bits * n for e, n in zip(table, widths, strict=True)) / sum(widths)
+    assert 4 < mean <= 5
+    costs = torch.tensor([[e.errors[4], e.errors[8]] for e in table], dtype=torch.float64)
+    assert [e.bits for e in table] == allocate(costs, widths, (4, 8), 5.0)
+    for entry in table:
+        scheme = model.get_submodule(entry.site).activation
+        if entry.unit is None:
+            assert scheme.bits == entry.bits
+        else:
+            assert scheme.group_size == 8
+            assert scheme.group_bits[entry.unit] == entry.bits
+
+
+def test_layers_of_one_input_share_their_bits():
+    recipe = Recipe.load(tiny_recipe(activations={"allocation": {"mean_bits": 5}}))
+    model = tiny_llada()
+    DLLMQuantizer(recipe).quantize(model, tokenizer=tiny_tokenizer(), progress=False)
+    for block in model.model.transformer["blocks"]:
+        assert block.q_proj.activation == block.k_proj.activation == block.v_proj.activation
+        assert block.ff_proj.activation == block.up_proj.activation
+
+
+@pytest.mark.parametrize(
+    ("transforms", "message"),
+    [
+        ([{"kind": "hadamard", "sites": ["down_proj"]}], r"hadamard\.sites: 'down_proj'; valid: q_proj, attn_out"),
+        ([{"kind": "wush", "block_size": 24}], r"wush\.block_size 24 does not divide the 32"),
+    ],
+)
+def test_transforms_that_do_not_fit_are_found_before_any_work(transforms, message):
+    model = tiny_llada()
+    with pytest.raises(RecipeError, match=message):
+        make_plan(model, adapter_for(model), Recipe.load(tiny_recipe(transforms=transforms)))
