@@ -16,7 +16,7 @@ from dllmquant.core.softmax_search import SoftmaxScales, SoftmaxSearch
 from dllmquant.models import ModelAdapter
 from dllmquant.nn.attention import AttentionQuantizer, AttentionScheme, install
 from dllmquant.nn.sdpa import AttentionChunk, AttentionInputs, capture_attention
-from dllmquant.recipe import AttentionSettings
+from dllmquant.settings import AttentionSettings
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,8 @@ from dllmquant.nn.linear import QuantLinear
 from dllmquant.nn.transform import InputTransform
 from dllmquant.plan import Plan
 from dllmquant.preparation import Preparation
-from dllmquant.recipe import Recipe, WeightSettings
+from dllmquant.recipe import Recipe
+from dllmquant.settings import WeightSettings
 from dllmquant.transforms.awq import search_clip
 
 logger = logging.getLogger(__name__)

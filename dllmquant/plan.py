@@ -9,7 +9,8 @@ from torch import nn
 from dllmquant.core.grid import Grid
 from dllmquant.models import ModelAdapter
 from dllmquant.nn.activation import ActivationScheme
-from dllmquant.recipe import InputTransformSettings, Recipe, RecipeError
+from dllmquant.recipe import Recipe, RecipeError
+from dllmquant.settings import InputTransformSettings
 
 
 @dataclass(frozen=True)

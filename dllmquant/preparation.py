@@ -26,7 +26,8 @@ from dllmquant.nn.activation import ActivationScheme, quantize_activation
 from dllmquant.nn.sdpa import capture_attention
 from dllmquant.nn.transform import InputTransform
 from dllmquant.plan import Plan
-from dllmquant.recipe import AWQ, WUSH, DuQuant, Hadamard, InputTransformSettings, QuaRot, Recipe, SmoothQuant
+from dllmquant.recipe import Recipe
+from dllmquant.settings import AWQ, WUSH, DuQuant, Hadamard, InputTransformSettings, QuaRot, SmoothQuant
 from dllmquant.transforms.awq import block_objective, search_scales
 from dllmquant.transforms.duquant import fit_duquant
 from dllmquant.transforms.fold import apply_scales, assert_same_function, linear_at, probe_logits, rounding_tolerance

@@ -71,7 +71,7 @@ def trajectory_key(
             (name, attribute, repr(value))
             for name, module in model.named_modules()
             for attribute, value in sorted(vars(module).items())
-            if dataclasses.is_dataclass(value)
+            if _is_scheme(value)
         ],
         "prompts": [[int(token) for token in row] for row in prompts],
         "sampler": dataclasses.asdict(config),
@@ -114,6 +114,13 @@ def cached_trajectory(directory: Path, key: str, record: Callable[[], Trajectory
     except (OSError, SafetensorError) as error:  # what was recorded is not lost for a full disk
         logger.warning("cache: %s cannot be written (%s); going on without", path, error)
     return trajectory
+
+
+def _is_scheme(value: object) -> bool:
+    """Whether an attribute is a setting that no buffer holds: a dataclass, or several."""
+    if isinstance(value, tuple | list):
+        return any(map(_is_scheme, value))
+    return dataclasses.is_dataclass(value)
 
 
 def _write(path: Path, key: str, trajectory: Trajectory) -> None:

@@ -14,7 +14,7 @@ from dllmquant.calibration.prompts import Prompt
 from dllmquant.calibration.weights import weigh_tokens
 from dllmquant.core.coverage import Coverage
 from dllmquant.decoding import StateBatch
-from dllmquant.recipe import CalibrationSettings, TokenWeightSettings
+from dllmquant.settings import CalibrationSettings, TokenWeightSettings
 
 logger = logging.getLogger(__name__)
 

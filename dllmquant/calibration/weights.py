@@ -6,7 +6,7 @@ from torch import Tensor
 from dllmquant.core.cgq import token_weights
 from dllmquant.core.frontier import frontier_weights
 from dllmquant.decoding import StateBatch
-from dllmquant.recipe import TokenWeightSettings
+from dllmquant.settings import TokenWeightSettings
 
 
 def weigh_tokens(batch: StateBatch, weighting: TokenWeightSettings) -> Tensor:
