@@ -156,6 +156,10 @@ def allocate_group_bits(
 ) -> tuple[int, ...]:
     """Chooses the widths of a weight's column groups, for `Grid.group_bits`.
 
+    On random correlated inputs at a mean of 2 bits, GPTQ lost 30 to 40 % less than with 2 bits everywhere, but not in
+    every case: where groups matter about equally, the errors of 1-bit groups can leave later columns so far off that
+    their costs are underestimated. `GPTQResult.loss` of both grids tells.
+
     Args:
         weight: Float [out, in].
         hessian: Float [in, in], symmetric.

@@ -89,7 +89,7 @@ class AttentionInputs:
         return cls(query, key, value, attn_mask, query.shape[3] ** -0.5 if scale is None else scale)
 
     def probabilities(self, chunk: int | None = None) -> Iterator[AttentionChunk]:
-        """Yields the attention, some rows (sequence, head) at a time, so that it never exists as a whole.
+        """Yields the attention, some rows at a time, sequence by sequence and head by head; it never exists as a whole.
 
         The softmax is computed in float32, or float64 for float64 inputs. A query that may attend to no key has
         probability 0 everywhere, so its output is 0, as PyTorch's is.

@@ -33,7 +33,7 @@ def total(costs: Tensor, choices: list[int], bits: list[int]) -> float:
     return sum(float(costs[unit, choices.index(width)]) for unit, width in enumerate(bits))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_equals_enumeration(data: Any) -> None:
     choices = data.draw(st.lists(st.sampled_from([1, 2, 3, 4, 8, 16]), min_size=1, max_size=3, unique=True))
@@ -109,7 +109,7 @@ def test_what_allocate_refuses() -> None:
     with pytest.raises(ValueError, match=r"choices: \(4, 4\) has a width twice"):
         allocate(costs, [1, 1, 1], [4, 4], 4)
     for budget in (math.nan, math.inf):
-        with pytest.raises(ValueError, match="budget: (nan|inf); valid: a finite number of bits"):
+        with pytest.raises(ValueError, match=r"budget: (nan|inf); valid: a finite number of bits"):
             allocate(costs, [1, 1, 1], [2, 4], budget)
 
 
@@ -151,7 +151,7 @@ def test_costs_are_what_the_best_later_columns_leave(symmetric: bool, act_order:
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
 def test_costs_are_the_loss_where_nothing_is_compensated(bits: int) -> None:
-    """Uncorrelated inputs: GPTQ is round to nearest, and the groups' costs are its loss, dead channels costing nothing."""
+    """Uncorrelated inputs: GPTQ is round to nearest, and the costs are its loss. Dead channels cost nothing."""
     weight, hessian = problem(1)
     hessian = torch.diag(hessian.diagonal())
     hessian[5, 5] = 0
@@ -163,12 +163,12 @@ def test_costs_are_the_loss_where_nothing_is_compensated(bits: int) -> None:
 
 
 def test_group_bits_are_the_cheapest_of_all() -> None:
-    weight, hessian = problem(2, columns=40)
+    weight, hessian = problem(2, rows=8, columns=32)
     grid = Grid(2, 8, False)
     costs = group_costs(weight, hessian, grid)
-    fits = [bits for bits in itertools.product((1, 2, 3), repeat=5) if sum(bits) <= 10]
+    fits = [bits for bits in itertools.product((1, 2, 3), repeat=4) if sum(bits) <= 8]
     best = min(fits, key=lambda bits: sum(float(costs[group, b - 1]) for group, b in enumerate(bits)))
-    assert allocate_group_bits(weight, hessian, grid) == best != (2,) * 5
+    assert allocate_group_bits(weight, hessian, grid) == best != (2,) * 4
     # The solver itself, run on every one of them: the choice is among the best.
     losses = {bits: gptq(weight, hessian, Grid(2, 8, False, bits)).loss for bits in fits}
     assert losses[best] <= 1.1 * min(losses.values())
@@ -177,16 +177,17 @@ def test_group_bits_are_the_cheapest_of_all() -> None:
 
 @pytest.mark.parametrize("clip", ["none", "mse"])
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("uneven", [0.0, 0.5])
-def test_mixed_loses_less_than_uniform_at_two_bits(uneven: float, symmetric: bool, clip: Any) -> None:
-    for seed in range(5):
-        weight, hessian = problem(seed, uneven=uneven)
+def test_mixed_loses_less_than_uniform_at_two_bits(symmetric: bool, clip: Any) -> None:
+    ratios = []
+    for seed in range(3):
+        weight, hessian = problem(seed, rows=8, columns=128)
         grid = Grid(2, 8, symmetric)
         bits = allocate_group_bits(weight, hessian, grid, clip=clip)
         mixed = Grid(2, 8, symmetric, bits)
-        assert mixed.mean_bits(64) <= 2
-        ratio = gptq(weight, hessian, mixed, clip=clip).loss / gptq(weight, hessian, grid, clip=clip).loss
-        assert ratio < 0.95, (seed, bits, ratio)
+        assert mixed.mean_bits(128) <= 2
+        ratios.append(gptq(weight, hessian, mixed, clip=clip).loss / gptq(weight, hessian, grid, clip=clip).loss)
+    assert max(ratios) < 0.95, ratios
+    assert sum(ratios) / 3 < (0.65 if symmetric else 0.8), ratios
 
 
 def test_a_group_that_matters_gets_the_bits() -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from dllmquant.core.coverage import Coverage, bucket_of, measure_coverage, segment_of, tabulate
 
@@ -30,7 +29,7 @@ def diagonal_by_hand(segments: int, buckets: int) -> set[tuple[int, int]]:
     return {(int(p * segments), int((1 - p) * buckets)) for p in middles}
 
 
-def batch(n: int, length: int, seed: int) -> dict[str, Tensor]:
+def batch(n: int, length: int, seed: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     padding = torch.randint(0, length // 2, (n,), generator=generator)
     attention = torch.arange(length) >= padding[:, None]
@@ -175,7 +174,7 @@ def test_errors() -> None:
         with pytest.raises(ValueError, match="mask, attention_mask, mask_ratio, segment: shapes"):
             measure_coverage(**(states | {name: states[name][1:]}), segments=3, buckets=2)
     for wrong in (-1, 3):
-        with pytest.raises(ValueError, match="segment: .*; valid: 0 to 2"):
+        with pytest.raises(ValueError, match=r"segment: .*; valid: 0 to 2"):
             measure_coverage(**(states | {"segment": torch.full((4,), wrong)}), segments=3, buckets=2)
     for value in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match=r"mask_ratio: valid values lie in \[0, 1\]"):

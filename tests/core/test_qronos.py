@@ -81,6 +81,28 @@ def test_the_others_make_up_for_what_a_dead_channel_gave() -> None:
     assert left < 1e-4 * np.square(output).mean()
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+def test_the_first_column_is_the_first_that_is_not_dead(act_order: bool) -> None:
+    weight, hessian, cross = problem(3)
+    for matrix in (hessian, cross):
+        matrix[:2] = matrix[:, :2] = 0
+    result = qronos(weight, hessian, cross, Grid(4, None, False), act_order=act_order)
+    live = qronos(weight[:, 2:], hessian[2:, 2:], cross[2:, 2:], Grid(4, None, False), act_order=act_order)
+    torch.testing.assert_close(result.weight.codes[:, 2:], live.weight.codes, rtol=0, atol=0)
+    assert result.dead == 2
+
+
+def test_escalated_damping_is_used_throughout_and_reported() -> None:
+    weight, hessian, cross = problem(4)
+    shift = float(torch.linalg.eigvalsh(hessian)[0]) + 0.05 * float(hessian.diagonal().mean())
+    hessian = hessian - shift * torch.eye(COLUMNS)
+    result = qronos(weight, hessian, cross, Grid(4, 8, False), damping=0.01)
+    straight = qronos(weight, hessian, cross, Grid(4, 8, False), damping=0.1)
+    assert result.damping == straight.damping == pytest.approx(0.1)
+    assert (result.attempts, straight.attempts) == (2, 1)
+    torch.testing.assert_close(result.weight.codes, straight.weight.codes, rtol=0, atol=0)
+
+
 def test_the_more_damping_the_closer_to_gptq() -> None:
     weight, hessian, cross = problem(2, rows=32)
     noise = 1e4 * hessian.diagonal().mean() * torch.eye(COLUMNS)  # in both paths, so the cross statistic stays

@@ -39,7 +39,9 @@ MASKS = {
 
 
 def output(inputs: AttentionInputs, chunk: int | None) -> Tensor:
-    """Puts the chunks together again by the indices they carry."""
+    """Puts the chunks together again by the indices they carry, which come sequence by sequence."""
+    rows = [part.batch * HEADS + part.head for part in inputs.probabilities(chunk)]
+    assert torch.equal(torch.cat(rows), torch.arange(BATCH * HEADS))
     result = torch.full((BATCH, HEADS, QUERIES, inputs.value.shape[-1]), torch.nan, dtype=torch.float64)
     for part in inputs.probabilities(chunk):
         result[part.batch, part.head] = part.probabilities @ part.values

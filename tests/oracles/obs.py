@@ -76,10 +76,10 @@ def solve(
     clip: str = "none",
     damping: float = 0.01,
 ) -> Oracle:
-    """Rounds a weight [out, in] to `bits`, for all groups or one per group. Dead columns (zero diagonal) must not occur.
+    """Rounds a weight [out, in]. Dead columns (zero diagonal) must not occur here.
 
-    Groups are fitted to the original weights with `act_order`, else to the compensated ones when their first column
-    is reached.
+    `bits` is one width, or one per group. Groups are fitted to the original weights with `act_order`, else to the
+    compensated ones when their first column is reached.
     """
     rows, columns = weight.shape
     width = group_size or columns
