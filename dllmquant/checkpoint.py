@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
+from dllmquant.nn.attention import AttentionQuantizer
 from dllmquant.nn.linear import QuantLinear
 
 FORMAT_VERSION = 1
@@ -65,34 +66,38 @@ class WeightBytes:
 
     Attributes:
         quantized_parameters: Weights held in packed layers.
-        quantized_bytes: Their codes, scales and zero points.
+        quantized_bytes: Their codes, scales, zero points and input transforms.
+        attention_bytes: Scales of quantized attention.
         other_parameters: All other parameters: embeddings, head, norms, biases.
         other_bytes: Their bytes.
     """
 
     quantized_parameters: int
     quantized_bytes: int
+    attention_bytes: int
     other_parameters: int
     other_bytes: int
 
     @property
     def bytes_per_quantized_weight(self) -> float:
-        """Bytes per packed weight, scales and zero points included; 0 when nothing is packed."""
+        """Bytes per packed weight, with all that `quantized_bytes` counts; 0 when nothing is packed."""
         return self.quantized_bytes / self.quantized_parameters if self.quantized_parameters else 0.0
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all weights."""
-        return self.quantized_bytes + self.other_bytes
+        """Bytes of everything."""
+        return self.quantized_bytes + self.attention_bytes + self.other_bytes
 
 
 def weight_bytes(model: nn.Module) -> WeightBytes:
-    """Counts the weights of a model, packed or not."""
+    """Counts what a checkpoint of a model stores: weights, packed or not, and the scales of quantized attention."""
     packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    attention = [module for module in model.modules() if isinstance(module, AttentionQuantizer)]
     others = list(model.parameters())
     return WeightBytes(
         quantized_parameters=sum(module.in_features * module.out_features for module in packed),
         quantized_bytes=sum(module.nbytes for module in packed),
+        attention_bytes=sum(buffer.nbytes for module in attention for buffer in module.buffers()),
         other_parameters=sum(parameter.numel() for parameter in others),
         other_bytes=sum(parameter.numel() * parameter.element_size() for parameter in others),
     )

@@ -4,7 +4,6 @@ Whatever is wrong with the input is found before a model is loaded. It ends in o
 and exit code 2; `--debug` shows the traceback as well.
 """
 
-import json
 import logging
 import os
 import sys
@@ -26,6 +25,7 @@ from dllmquant._version import __version__
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from dllmquant.calibration import Prompt
     from dllmquant.lab.evaluate import Evaluation
     from dllmquant.quantizer import DLLMQuantizer
     from dllmquant.recipe import Recipe
@@ -190,13 +190,27 @@ def quantize(
     ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the checkpoint; new or empty.")],
     prompts: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            metavar="FILE",
-            help="Calibration prompts: .txt, one per line, or .jsonl, objects with prompt and, if any, completion. "
-            "[default: built-in problems]",
+            metavar="SOURCE",
+            help="Calibration prompts: a file (.txt, .jsonl, .json, .parquet) or a data set of the hub, owner/name or "
+            "owner/name:config. [default: built-in problems]",
         ),
     ] = None,
+    prompt_field: Annotated[
+        str | None,
+        typer.Option(metavar="FIELD", help="Field of the prompts. [default: prompt, or the only one]"),
+    ] = None,
+    completion_field: Annotated[
+        str | None,
+        typer.Option(metavar="FIELD", help="Field of the completions. [default: completion, where there is one]"),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="SPLIT", help="Split of a data set, such as train[:10%]. [default: train]")
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Make each prompt a user's turn in the tokenizer's chat template.")
+    ] = False,
     seed: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="Seed of the calibration. [default: the recipe's]")
     ] = None,
@@ -209,11 +223,13 @@ def quantize(
     """Quantize a model by a recipe and save it.
 
     The result is a checkpoint directory for transformers, with the tokenizer. Inputs are checked before the model
-    is loaded.
+    is loaded. Of your own prompts, the recipe's number is drawn in an order that depends on the seed.
 
     For example:
 
         dllmquant quantize llada-tiny --recipe dllmquant-w4a4 --output out
+
+        dllmquant quantize llada-tiny --recipe dllmquant-w4a4 --output mine --prompts mine.jsonl
 
         dllmquant quantize llada-tiny --recipe rtn-w8a8 --output out8
     """
@@ -221,7 +237,7 @@ def quantize(
 
     quantizer = DLLMQuantizer(recipe)
     _check_output(output, overwrite)
-    rows = None if prompts is None else _read_prompts(prompts, quantizer.recipe)
+    options = _prompt_options(prompts, quantizer.recipe, prompt_field, completion_field, split, chat_template)
     where = _device(device)
     calibration = quantizer.recipe.calibration
     source, config = _find_model(model, None if calibration is None else calibration.sampler)
@@ -231,6 +247,7 @@ def quantize(
         raise ValueError(f"output: {output} is the directory of the model itself; give another")
     with _tamed_transformers(bars=not _is_quick(source)):
         tokenizer = _load_tokenizer(source)
+        rows = None if prompts is None else _load_prompts(prompts, quantizer.recipe, seed, tokenizer, options)
         loaded = _load_model(source, dtype, where)
         began = time.perf_counter()
         quantizer.quantize(loaded, tokenizer=tokenizer, prompts=rows, seed=seed, progress=_interactive())
@@ -333,9 +350,7 @@ def evaluate_(
     if earlier is not None:
         _check_comparable(earlier, {"tasks": names, "limit": limit, "seed": seed}, compare)
     if json_file is not None:
-        if json_file.is_dir():
-            raise ValueError(f"json: {json_file} is a directory; give a file")
-        _check_writable(json_file.parent, "json")
+        _check_file(json_file, "json")
     sampler = _sampler_options(steps, gen_length, block_length, temperature, cfg_scale, remasking, threshold)
     where = _device(device)
     source, _ = _find_model(model, sampler)
@@ -451,22 +466,38 @@ def recipes(
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(metavar="DIR", show_default=False, help="Checkpoint directory.")],
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw coverage and activation bits, as far as there are any, as a PNG."),
+    ] = None,
 ) -> None:
     """Tell what a checkpoint holds.
 
-    That is its recipe, version and seed; its layers, their bits and bytes per weight; and its files. The
+    That is its recipe, protocol, version and seed; its layers, their bits, input transforms and bytes per weight; its
+    activation bits where they differ; where in the denoising process its calibration states lie; and its files. The
     configuration and the headers of the weight files are read; the weights are not loaded.
 
     For example:
 
         dllmquant inspect out
+
+        dllmquant inspect out --plot out.png
     """
-    from dllmquant.lab.inspection import describe_checkpoint
+    from dllmquant.lab.inspection import checkpoint_bits, checkpoint_coverage, describe_checkpoint
 
     source, config = _find_model(model)
     if not Path(source).is_dir():
         raise ValueError(f"model: {model} is not on this disk; give a directory")
-    typer.echo(describe_checkpoint(Path(source), config))
+    if plot is not None:
+        _check_file(plot, "plot")
+    text = describe_checkpoint(Path(source), config)
+    if plot is not None:
+        from dllmquant.lab.checkpoint_plots import plot_checkpoint  # only now: matplotlib takes its time
+
+        coverage, bits = checkpoint_coverage(config), checkpoint_bits(config)
+        plot_checkpoint(plot, coverage=coverage, bits=bits, title=str(model))
+        text += f"\n\nwrote {plot}"
+    typer.echo(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -491,53 +522,69 @@ def _check_writable(directory: Path, field: str) -> None:
         raise ValueError(f"{field}: {existing} is not writable")
 
 
+def _check_file(path: Path, field: str) -> None:
+    """Checks that a file can be written."""
+    if path.is_dir():
+        raise ValueError(f"{field}: {path} is a directory; give a file")
+    _check_writable(path.parent, field)
+
+
 def _check_output(output: Path, overwrite: bool) -> None:
     _check_writable(output, "output")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise ValueError(f"output: {output} is not empty; give a new directory, or --overwrite")
 
 
-def _read_prompts(path: Path, recipe: "Recipe") -> "list[str | tuple[str, str]]":
-    """Reads calibration prompts and checks that the recipe can use them."""
-    from dllmquant.calibration import check_prompts, prompts_needed
-
-    if recipe.calibration is None:
+def _prompt_options(
+    prompts: str | None,
+    recipe: "Recipe",
+    prompt_field: str | None,
+    completion_field: str | None,
+    split: str | None,
+    chat_template: bool,
+) -> dict[str, Any]:
+    """The options that say how calibration prompts are read, after checking that they have a meaning."""
+    given = {
+        "--prompt-field": prompt_field,
+        "--completion-field": completion_field,
+        "--split": split,
+        "--chat-template": chat_template or None,
+    }
+    if prompts is None:
+        for option, value in given.items():
+            if value is not None:
+                raise ValueError(f"{option}: has no effect without --prompts; leave it out, or give --prompts")
+    elif recipe.calibration is None:
         raise ValueError(f"prompts: recipe {recipe.name!r} uses no calibration data; leave --prompts out")
-    parse = {".txt": _text_line, ".jsonl": _json_line}.get(path.suffix.lower())
-    if parse is None:
-        raise ValueError(f"prompts: {path} is neither .txt nor .jsonl")
+    elif split is not None and Path(prompts).expanduser().is_file():
+        raise ValueError(f"--split: {prompts} is a file, which has no splits; leave --split out")
+    options = {"field": prompt_field, "completion_field": completion_field, "split": split}
+    return {"chat_template": chat_template} | {name: value for name, value in options.items() if value is not None}
+
+
+def _load_prompts(
+    source: str, recipe: "Recipe", seed: int | None, tokenizer: "PreTrainedTokenizerBase", options: dict[str, Any]
+) -> "list[Prompt]":
+    """Draws as many calibration prompts as the recipe consumes."""
+    import datasets
+
+    from dllmquant.calibration import load_prompts, prompts_needed
+
+    assert recipe.calibration is not None
+    had_bars = not datasets.are_progress_bars_disabled()
+    if not _interactive():
+        datasets.disable_progress_bars()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts: {path} is not UTF-8 text ({error})") from None
-    prompts = [parse(line, f"prompts: {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    try:
-        check_prompts(prompts, prompts_needed(recipe.calibration))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return prompts
-
-
-def _text_line(line: str, where: str) -> str:
-    return line
-
-
-def _json_line(line: str, where: str) -> str | tuple[str, str]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
-        raise ValueError(f'{where}: not an object with a non-empty string "prompt"')
-    unknown = sorted(set(row) - {"prompt", "completion"})
-    if unknown:
-        raise ValueError(f"{where}: unknown key {unknown[0]!r}; valid: prompt, completion")
-    completion = row.get("completion")
-    if completion is None:
-        return str(row["prompt"])
-    if not isinstance(completion, str):
-        raise ValueError(f"{where}: completion is {completion!r}; valid: a string")
-    return row["prompt"], completion
+        return load_prompts(
+            source,
+            count=prompts_needed(recipe.calibration),
+            seed=recipe.seed if seed is None else seed,
+            tokenizer=tokenizer,
+            **options,
+        )
+    finally:
+        if had_bars:
+            datasets.enable_progress_bars()
 
 
 def _prompts_from_stdin() -> list[str]:
@@ -724,14 +771,19 @@ def _tamed_transformers(*, bars: bool) -> Iterator[None]:
 
 def _quantization_report(quantizer: "DLLMQuantizer", model: "PreTrainedModel", output: Path, seconds: float) -> str:
     from dllmquant.checkpoint import weight_bytes
+    from dllmquant.lab.inspection import mean_bits
+    from dllmquant.nn.linear import QuantLinear
 
     recipe, reports, size = quantizer.recipe, quantizer.reports, weight_bytes(model)
     lines = [
         f"{recipe.name}: {recipe.summary()}",
+        f"protocol: {recipe.protocol}",
         f"quantized {len(reports)} layers, {size.quantized_parameters:,} weights, in {seconds:.1f} s: "
         f"{size.quantized_bytes:,} bytes, {size.bytes_per_quantized_weight:.3f} per weight",
         f"kept in 16 or more bits: {size.other_parameters:,} weights, {size.other_bytes:,} bytes",
     ]
+    if size.attention_bytes:
+        lines.append(f"scales of quantized attention: {size.attention_bytes:,} bytes")
     losses = [(report.loss, report.name) for report in reports if report.loss is not None]
     if losses:
         loss, name = max(losses)
@@ -739,7 +791,14 @@ def _quantization_report(quantizer: "DLLMQuantizer", model: "PreTrainedModel", o
             f"calibrated on {max(report.tokens for report in reports):,} tokens; "
             f"largest squared output error per token {loss:.4g}, in {name}"
         )
+    if quantizer.allocation:
+        layers = {entry.site: model.get_submodule(entry.site) for entry in quantizer.allocation}
+        widths = {site: layer.in_features for site, layer in layers.items() if isinstance(layer, QuantLinear)}
+        given = "/".join(map(str, sorted({entry.bits for entry in quantizer.allocation})))
+        lines.append(f"activation bits by input: {given}, mean {mean_bits(quantizer.allocation, widths):.3g} per value")
     if quantizer.states is not None:
+        if quantizer.states.coverage is not None:
+            lines.append(f"calibration states: {quantizer.states.coverage.summary()}")
         lines += [f"note: {note}" for note in quantizer.states.notes]
     lines.append(
         f"wrote {output} ({sum(path.stat().st_size for path in output.glob('*.safetensors')):,} bytes of weights)"

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import typer
@@ -19,11 +20,13 @@ from typer.testing import CliRunner
 
 import dllmquant
 from dllmquant import DLLMQuantizer, Recipe, cli
+from dllmquant.calibration import load_prompts
 from dllmquant.lab import demo as demo_module
 from dllmquant.lab.evaluate import Evaluation, evaluate
+from dllmquant.lab.inspection import checkpoint_bits, checkpoint_coverage
 from tests.tiny import save_tiny, tiny_recipe
 
-COMMANDS = ("demo", "quantize", "generate", "eval", "recipes", "inspect")
+COMMANDS = ("demo", "quantize", "generate", "eval", "ablate", "recipes", "inspect")
 PROMPT = "q: tom has 7 apples. tom buys 5 more. how many remain? a:"
 
 
@@ -153,7 +156,7 @@ def test_usage_errors(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "best"], "recipe: unknown name 'best'; built in: dllmquant-"),
+        (["--recipe", "best"], "recipe: unknown name 'best'; built in: awq-"),
         (["--recipe", "{tmp}/none.yaml"], "recipe: no file"),
         (["--recipe", "{tmp}/bits.yaml"], "weights.bits: Input should be 2, 3, 4 or 8 (got 5)"),
         (["--recipe", "{tmp}/key.yaml"], "solvr: unknown key; valid: "),
@@ -162,16 +165,28 @@ def test_usage_errors(arguments: list[str]) -> None:
         (["--output", "{tmp}/bits.yaml"], "bits.yaml is a file; give a directory"),
         (["--output", "{tmp}/bits.yaml/below"], "bits.yaml is a file; give a directory"),
         (["--output", "{model}", "--overwrite"], "is the directory of the model itself"),
-        (["--prompts", "{tmp}/none.txt"], "none.txt: No such file"),
-        (["--prompts", "{tmp}/bits.yaml"], "bits.yaml is neither .txt nor .jsonl"),
-        (["--prompts", "{tmp}/few.txt"], "few.txt: prompts: 2 given, the recipe needs 64"),
+        (["--prompts", "{tmp}/none.txt"], "prompts: no file {tmp}/none.txt"),
+        (["--prompts", "{tmp}/bits.yaml"], "bits.yaml' is neither a file ending in .txt, .jsonl, .json, .parquet, nor"),
+        (["--prompts", "{tmp}/few.txt"], "few.txt holds 2 prompts (3 rows); valid: at least 64"),
         (["--prompts", "{tmp}/json.jsonl"], "json.jsonl, line 2: not JSON"),
-        (["--prompts", "{tmp}/list.jsonl"], 'list.jsonl, line 1: not an object with a non-empty string "prompt"'),
-        (["--prompts", "{tmp}/empty.jsonl"], 'empty.jsonl, line 1: not an object with a non-empty string "prompt"'),
-        (["--prompts", "{tmp}/extra.jsonl"], "extra.jsonl, line 1: unknown key 'answer'; valid: prompt, completion"),
-        (["--prompts", "{tmp}/number.jsonl"], "number.jsonl, line 1: completion is 3; valid: a string"),
+        (
+            ["--prompts", "{tmp}/list.jsonl"],
+            "list.jsonl, line 1: [1]; valid: a string, (prompt, completion), or fields",
+        ),
+        (["--prompts", "{tmp}/empty.jsonl"], "empty.jsonl holds 0 prompts (1 rows)"),
+        (["--prompts", "{tmp}/number.jsonl"], "number.jsonl, line 1: field 'completion' holds int; valid: text"),
         (["--prompts", "{tmp}/latin.txt"], "latin.txt is not UTF-8 text"),
+        (["--prompts", "{tmp}/few.txt", "--prompt-field", "text"], "a text without fields; valid: no field"),
+        (["--prompts", "{tmp}/number.jsonl", "--prompt-field", "text"], "no field 'text'; its fields: prompt, compl"),
+        (["--prompts", "{tmp}/number.jsonl", "--completion-field", "end"], "no field 'end'; its fields: prompt, compl"),
+        (["--prompts", "{tmp}/few.txt", "--split", "test"], "--split: {tmp}/few.txt is a file, which has no splits"),
+        (["--prompts", "{tmp}/few.txt", "--chat-template"], "chat_template: the tokenizer has none"),
+        (["--prompt-field", "text"], "--prompt-field: has no effect without --prompts"),
+        (["--completion-field", "end"], "--completion-field: has no effect without --prompts"),
+        (["--split", "test"], "--split: has no effect without --prompts"),
+        (["--chat-template"], "--chat-template: has no effect without --prompts"),
         (["--recipe", "rtn-w4a4", "--prompts", "{tmp}/few.txt"], "prompts: recipe 'rtn-w4a4' uses no calibration data"),
+        (["--recipe", "rtn-w4a4", "--prompt-field", "x"], "--prompt-field: has no effect without --prompts"),
         (["--device", "abacus"], "device: 'abacus' cannot be used"),
         (["--device", "cuda:99"], "device: 'cuda:99' cannot be used"),
     ],
@@ -188,7 +203,6 @@ def test_quantize_checks_its_inputs_before_any_work(
         "json.jsonl": '{"prompt": "a"}\n{"prompt": \n',
         "list.jsonl": "[1]\n",
         "empty.jsonl": '{"prompt": ""}\n',
-        "extra.jsonl": '{"prompt": "a", "answer": "b"}\n',
         "number.jsonl": '{"prompt": "a", "completion": 3}\n',
     }
     for name, text in files.items():
@@ -199,7 +213,7 @@ def test_quantize_checks_its_inputs_before_any_work(
     before = sorted(tmp_path.rglob("*"))
     words = [word.format(tmp=tmp_path, model=model) for word in arguments]
     defaults = ["--recipe", "dllmquant-w4a4", "--output", tmp_path / "out"]  # of two, the later one holds
-    assert message in fails("quantize", model, *defaults, *words)
+    assert message.format(tmp=tmp_path) in fails("quantize", model, *defaults, *words)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -365,20 +379,78 @@ def test_own_prompts_are_used(model: Path, recipe_file: Path, tmp_path: Path, ki
     rows = [json.dumps({"prompt": p} | ({"completion": " 3"} if i % 2 else {})) for i, p in enumerate(prompts)]
     path.write_text("\n".join(prompts if kind == "txt" else rows) + "\n\n", encoding="utf-8")
     output = tmp_path / "out"
-    succeeds("quantize", model, "--recipe", recipe_file, "--output", output, "--prompts", path)
-    quantizer = DLLMQuantizer(recipe_file)
-    config = quantizer.quantize(model, prompts=prompts, progress=False).config.quantization_config
+    succeeds("quantize", model, "--recipe", recipe_file, "--output", output, "--prompts", path, "--seed", 1)
+    quantizer, drawn = DLLMQuantizer(recipe_file), load_prompts(path, count=4, seed=1)
+    config = quantizer.quantize(model, prompts=drawn, seed=1, progress=False).config.quantization_config
     assert AutoModel.from_pretrained(output).config.quantization_config.states_hash == config.states_hash
 
 
 def test_completions_reach_recipes_on_clean_text(model: Path, tmp_path: Path) -> None:
-    recipe, path = tmp_path / "clean.yaml", tmp_path / "pairs.jsonl"
+    recipe, path = tmp_path / "clean.yaml", tmp_path / "pairs.json"
     recipe.write_text("extends: gptq-w4a4\ncalibration: {num_states: 3}\n")
     pairs = [(PROMPT, f" 7+5=1{n}. #### 1{n}") for n in range(3)]
-    path.write_text("\n".join(json.dumps({"prompt": p, "completion": c}) for p, c in pairs))
-    succeeds("quantize", model, "--recipe", recipe, "--output", tmp_path / "out", "--prompts", path)
-    config = DLLMQuantizer(recipe).quantize(model, prompts=pairs, progress=False).config.quantization_config
+    path.write_text(json.dumps([{"id": "x", "ask": p, "reply": c} for p, c in pairs]))
+    options = ["--prompts", path, "--prompt-field", "ask", "--completion-field", "reply"]
+    succeeds("quantize", model, "--recipe", recipe, "--output", tmp_path / "out", *options)
+    drawn = load_prompts(pairs, count=3, seed=0)
+    config = DLLMQuantizer(recipe).quantize(model, prompts=drawn, progress=False).config.quantization_config
     assert AutoModel.from_pretrained(tmp_path / "out").config.quantization_config.states_hash == config.states_hash
+
+
+@pytest.fixture
+def quantize_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What reaches the quantizer, which stops there."""
+    calls: list[dict[str, Any]] = []
+
+    def quantize(_self: DLLMQuantizer, _model: object, **options: Any) -> None:
+        calls.append(options)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(DLLMQuantizer, "quantize", quantize)
+    return calls
+
+
+def test_prompts_of_a_data_set(
+    model: Path,
+    recipe_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quantize_calls: list[dict[str, Any]],
+) -> None:
+    rows = [{"text": f"{n} and", "answer": f" {n + 1}"} for n in range(9)]
+    asked = []
+
+    def load_dataset(*arguments: object, **options: object) -> datasets.Dataset:
+        assert datasets.are_progress_bars_disabled()
+        asked.append((arguments, options))
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    options = ["--recipe", recipe_file, "--output", tmp_path / "out", "--prompts", "owner/name:main"]
+    fields = ["--prompt-field", "text", "--completion-field", "answer"]
+    had_bars = not datasets.are_progress_bars_disabled()
+    fails("quantize", model, *options, *fields)
+    fails("quantize", model, *options, *fields, "--split", "test[:50%]", "--seed", 5)
+    assert had_bars is not datasets.are_progress_bars_disabled()
+    assert asked == [(("owner/name", "main"), {"split": split}) for split in ("train", "test[:50%]")]
+    expected = [load_prompts(rows, count=4, seed=s, field="text", completion_field="answer") for s in (0, 5)]
+    assert [call["prompts"] for call in quantize_calls] == expected
+
+
+def test_prompts_in_the_chat_template(
+    model: Path, recipe_file: Path, tmp_path: Path, quantize_calls: list[dict[str, Any]]
+) -> None:
+    for path in model.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }}{% endfor %} <reply>"
+    tokenizer.save_pretrained(tmp_path)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\na\na\na\n")
+    options = ["--recipe", recipe_file, "--output", tmp_path / "out", "--prompts", prompts]
+    fails("quantize", tmp_path, *options)
+    fails("quantize", tmp_path, *options, "--chat-template")
+    assert [call["prompts"] for call in quantize_calls] == [["a"] * 4, ["<user> a <reply>"] * 4]
 
 
 def test_bundled_models_are_found_by_name(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
@@ -412,6 +484,48 @@ def test_inspect_a_quantized_model(quantized: tuple[Path, str]) -> None:
     assert rows["all"].split()[1:] == total
     assert rows["everything else"].endswith(f"{size.other_bytes:,}")
     assert rows["model.safetensors"].endswith(f"{(output / 'model.safetensors').stat().st_size:,}")
+
+
+def test_quantize_reports_what_inspect_draws(model: Path, tmp_path: Path) -> None:
+    recipe, output = tmp_path / "rich.yaml", tmp_path / "out"
+    allocation = {"mean_bits": 5.0, "heads": True}
+    calibration = {"quotas": [0.0, 1.0], "mask_ratio_buckets": 8}  # 4 cells of the diagonal for 3 states
+    recipe.write_text(
+        yaml.safe_dump(
+            tiny_recipe(
+                attention={"value_granularity": "head"},
+                activations={"allocation": allocation},
+                calibration={"num_states": 3, "num_prompts": 4, "batch_size": 5} | calibration,
+            )
+        )
+    )
+    text = succeeds("quantize", model, "--recipe", recipe, "--output", output)
+    config = AutoModel.from_pretrained(output).config
+    bits, coverage = checkpoint_bits(config), checkpoint_coverage(config)
+    assert bits is not None
+    assert coverage is not None
+    assert "\nprotocol: linear+av\n" in text
+    assert "\nscales of quantized attention: 96 bytes\n" in text  # 2 blocks of 4 heads with 3 numbers each
+    assert f"\nactivation bits by input: 4/8, mean {bits.mean:.3g} per value\n" in text
+    assert f"\ncalibration states: {coverage.summary()}\n" in text
+    notes = coverage.notes(calibration["quotas"])  # type: ignore[arg-type]
+    assert notes
+    told = succeeds("inspect", output)
+    assert [line for line in told.splitlines() if line.startswith("note: ")] == [f"note: {note}" for note in notes]
+    for note in notes:
+        assert f"note: {note}" in text.splitlines()
+    plot = tmp_path / "new" / "map.png"
+    assert succeeds("inspect", output, "--plot", plot) == f"{told}\nwrote {plot}\n"
+    assert plot.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_plots_of_inspect_are_checked(model: Path, quantized: tuple[Path, str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    message = "plot: nothing to draw; the checkpoint has neither calibration states nor allocated bits"
+    assert fails("inspect", model, "--plot", tmp_path / "new" / "x.png") == message
+    assert fails("inspect", quantized[0], "--plot", tmp_path) == f"plot: {tmp_path} is a directory; give a file"
+    assert "file is a file; give a directory" in fails("inspect", quantized[0], "--plot", tmp_path / "file" / "x.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_inspect_a_model_that_is_not_quantized(model: Path) -> None:
@@ -539,6 +653,73 @@ def test_eval_checks_its_inputs_before_any_work(
 ) -> None:
     (tmp_path / "file.txt").write_text("x")
     assert message in fails("eval", model, *(word.format(tmp=tmp_path, earlier=earlier[0]) for word in options))
+
+
+# ablate
+
+
+def write_ablation(path: Path, **changes: Any) -> Path:
+    content: dict[str, Any] = {
+        "name": "x",
+        "models": ["llada-tiny"],
+        "tasks": ["code"],
+        "limit": 9,
+        "cells": ["rtn-w4a4"],
+        "agreement_prompts": 2,
+        "sampler": {"gen_length": 8, "steps": 4},
+    }
+    path.write_text(yaml.safe_dump(content | changes), encoding="utf-8")
+    return path
+
+
+def test_ablate_measures_goes_on_and_reports(tmp_path: Path) -> None:
+    path, output = write_ablation(tmp_path / "x.yaml"), tmp_path / "new" / "out"
+    planned = succeeds("ablate", path, "--output", output, "--limit", 2, "--dry-run")
+    assert [line.split()[:3] for line in planned.splitlines()[2:4]] == [
+        ["llada-tiny/16-bit/seed0", "to", "run"],
+        ["llada-tiny/rtn-w4a4/seed0", "to", "run"],
+    ]
+    assert not output.exists()
+    first = run("ablate", path, "--output", output, "--limit", 2, "--device", "cpu")
+    assert first.exit_code == 0, (first.output, first.exception)
+    assert [line.rsplit(": ", 1)[0] for line in first.stderr.splitlines()] == [
+        "x",
+        "finished: llada-tiny/16-bit/seed0",
+        "finished: llada-tiny/rtn-w4a4/seed0",
+    ]
+    assert re.search(r"^llada-tiny +rtn-w4a4 +linear +1 +2 ", first.stdout, re.MULTILINE)
+    assert (output / "results.md").is_file()
+    again = run("ablate", path, "--output", output, "--limit", 2)
+    assert again.stdout == first.stdout
+    assert "finished before: llada-tiny/rtn-w4a4/seed0\n" in again.stderr
+    assert "2 runs, 2 of them to run" in succeeds("ablate", path, "--output", output, "--dry-run")  # other limit
+
+
+def test_ablate_tells_by_its_exit_code_that_a_run_failed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_ablation(tmp_path / "x.yaml", models=[str(model)], sampler={}, limit=1)
+    monkeypatch.setattr(DLLMQuantizer, "quantize", lambda *_, **__: 1 / 0)
+    result = run("ablate", path, "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "failed: tiny/rtn-w4a4: ZeroDivisionError: division by zero" in result.stdout
+    assert "failed: tiny/rtn-w4a4/seed0: ZeroDivisionError" in result.stderr
+
+
+def test_ablate_checks_its_inputs_before_any_work(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (tmp_path / "file").write_text("x")
+    assert "no.yaml" in fails("ablate", tmp_path / "no.yaml", "--output", output)
+    good = write_ablation(tmp_path / "good.yaml")
+    assert fails("ablate", good, "--output", tmp_path / "file") == f"output: {tmp_path / 'file'} is a file; " + (
+        "give a directory"
+    )
+    assert fails("ablate", good, "--output", output, "--device", "abacus").startswith("device: 'abacus'")
+    bad = write_ablation(tmp_path / "bad.yaml", cells=[{"recipe": "rtn-w4a4", "overrides": {"weights": {"bit": 4}}}])
+    assert "cell 'rtn-w4a4': recipe: weights.bit: unknown key; valid: bits" in fails("ablate", bad, "--output", output)
+    unknown = write_ablation(tmp_path / "unknown.yaml", repeats=3)
+    assert "repeats: unknown key; valid: version, name" in fails("ablate", unknown, "--output", output)
+    assert not output.exists()
 
 
 # recipes, demo

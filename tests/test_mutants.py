@@ -93,7 +93,7 @@ MUTANTS = [
     Mutant("notes-forgotten", "core/tmas", "if have < want", "if have < 0"),
     Mutant("bit-offset", "nn/packing", "codes[..., None] >> shifts", "codes[..., None] >> (shifts + 1)"),
     Mutant("big-endian-bits", "nn/packing", "8) << places", "8) << places.flip(0)"),
-    Mutant("unpack-offset", "nn/packing", "columns, bits) << shifts", "columns, bits) << shifts.flip(0)"),
+    Mutant("unpack-offset", "nn/packing", "<< (8 - offset)", "<< offset"),
     Mutant("fast-path-mask", "nn/packing", "& ((1 << bits) - 1)", "& ((1 << bits) - 2)"),
     Mutant("overflow-accepted", "nn/packing", ">= 2**bits", "> 2**bits"),
     Mutant("activation-scale-tripled", "nn/activation", "keepdim=True) / top", "keepdim=True) * 3 / top"),
@@ -106,6 +106,51 @@ MUTANTS = [
     Mutant("scale-cast-with-the-model", "nn/linear", ".dtype != buffer.dtype", ".dtype == buffer.dtype"),
     Mutant("zero-points-not-counted", "nn/linear", "self.weight_scale.nbytes + zero", "self.weight_scale.nbytes"),
     Mutant("scale-shared", "nn/linear", "weight.scale.clone()", "weight.scale"),
+    Mutant(
+        "one-bit-signs-swapped", "core/grid", "torch.where(values < 0, 0.0, 2.0)", "torch.where(values < 0, 2.0, 0.0)"
+    ),
+    Mutant(
+        "one-bit-at-absmax",
+        "core/grid",
+        "(groups.abs() * importance).sum(-1) / importance.sum(-1)",
+        "groups.abs().amax(-1)",
+    ),
+    Mutant(
+        "one-bit-importance-ignored",
+        "core/grid",
+        "importance.sum(-1, keepdim=True) > 0, importance,",
+        "importance < 0, importance,",
+    ),
+    Mutant(
+        "group-bits-ignored",
+        "core/grid",
+        "self.bits if self.group_bits is None else self.group_bits[group]",
+        "self.bits",
+    ),
+    Mutant("one-width-too-many", "core/grid", "len(self.group_bits) * size != in_features", "False"),
+    Mutant(
+        "widest-stream-first",
+        "nn/packing",
+        "for width in sorted(set(bits))]",
+        "for width in sorted(set(bits), reverse=True)]",
+    ),
+    Mutant("groups-left-in-streams", "nn/packing", "groups[:, place]", "groups"),
+    Mutant("one-bit-code-not-restored", "nn/packing", " << int(width == 1)", ""),
+    Mutant("zero-points-of-other-groups", "nn/linear", "zero[:, stored] = ", "zero[:, : len(stored)] = "),
+    Mutant("unstored-zero-points", "nn/linear", "zero[:] = torch.tensor", "_ = torch.tensor"),
+    Mutant(
+        "activation-group-bits-ignored",
+        "nn/activation",
+        "(1 << (bits - sign)) - 1 for bits",
+        "(1 << (scheme.bits - sign)) - 1 for bits",
+    ),
+    Mutant("budget-exceeded", "core/allocate", " - narrowest * total", ""),
+    Mutant("budget-ignores-sizes", "core/allocate", "size * (bits - narrowest) for", "(bits - narrowest) for"),
+    Mutant("costs-not-scaled", "core/allocate", " * _SPREAD", " * 1e-9"),
+    Mutant("decimal-budgets-missed", "core/allocate", " * (1 + 1e-12)", ""),
+    Mutant("earlier-columns-make-up", "core/allocate", "upper.diagonal().square()", "(upper.T @ upper).diagonal()"),
+    Mutant("costs-not-reordered", "core/allocate", "left[order] = ", "left[:] = "),
+    Mutant("dead-channels-cost", "core/allocate", "left[dead] = 0", "left[dead] = 1"),
 ]
 
 

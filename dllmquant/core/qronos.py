@@ -74,11 +74,11 @@ def qronos(
         problem.hessian,
         grid,
         act_order=act_order,
-        damping=problem.damping,
+        damping=damping,
         block_size=block_size,
         clip=clip,
     )
-    return replace(result, attempts=problem.attempts, loss=asymmetric_loss(problem, result.weight))
+    return replace(result, loss=asymmetric_loss(problem, result.weight))
 
 
 def _corrected(problem: TwoPathProblem) -> Tensor:

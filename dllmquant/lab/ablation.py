@@ -522,6 +522,7 @@ class _Original:
     def __init__(self, source: ModelSource, ablation: Ablation, device: str) -> None:
         self.source, self.device, self._ablation = source, device, ablation
         self._kept: PreTrainedModel | None = None
+        self._is_large = False
         self._reference: AgreementReference | None = None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -535,7 +536,8 @@ class _Original:
         model: PreTrainedModel = AutoModel.from_pretrained(self.source.directory, device_map=self.device).eval()
         if self.source.stress is not None:
             plant_outliers(model, adapter_for(model), **self.source.stress.model_dump())
-        if weight_bytes(model).total_bytes > _COPY_BYTES:
+        self._is_large = weight_bytes(model).total_bytes > _COPY_BYTES
+        if self._is_large:
             return model
         self._kept = model
         return copy.deepcopy(model)
@@ -549,8 +551,15 @@ class _Original:
                 batch_size=self._ablation.batch_size,
                 **self._ablation.sampler,
             )
-            _free_memory()
+            self.release()
         return self._reference
+
+    def release(self) -> None:
+        """Frees instances that nobody holds, cycles included, before the next large one is loaded."""
+        if self._is_large:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True, eq=False)
@@ -607,6 +616,7 @@ def run_ablation(
             if original is None or run.model != missing[index - 1].model:
                 original = None  # the last model goes before the next one comes
                 original = _Original(sources[run.model], plan.ablation, device)
+            original.release()
             result = _measure(run, original, plan.ablation, trajectories=output / "trajectories")
             result.save(output / "cells" / run.file_name)
             results[run] = result
@@ -673,8 +683,6 @@ def _measure(run: PlannedRun, original: _Original, ablation: Ablation, *, trajec
     except Exception as error:  # whatever it is, it is this run's result, and the others go on
         logger.debug("%s failed", run.title, exc_info=error)
         return dataclasses.replace(result, error="".join(traceback.format_exception(error)))
-    finally:
-        _free_memory()
 
 
 def _sharing_trajectories(recipe: Recipe, directory: Path) -> Recipe:
@@ -713,12 +721,6 @@ def _reset_peak_memory() -> None:
 
 def _peak_memory(device: str) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else peak_memory()
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _finished(run: PlannedRun, result: RunResult) -> str:

@@ -1,22 +1,54 @@
 """What a checkpoint holds, told from its configuration and the headers of its weight files."""
 
 import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModel, PretrainedConfig
 
+from dllmquant.core.coverage import Coverage
+from dllmquant.core.grid import Grid
 from dllmquant.integrations.transformers import QUANT_METHOD, DLLMQuantConfig
 from dllmquant.lab.tables import aligned
 from dllmquant.models import adapter_for
+from dllmquant.nn.activation import ActivationScheme
+from dllmquant.nn.attention import AttentionScheme
+from dllmquant.nn.linear import QuantLinear
+from dllmquant.nn.transform import TransformStep
+from dllmquant.preparation import SiteBits
 from dllmquant.recipe import Recipe
+
+_LISTED_HEADS = 8  # of more heads than these the table tells how many have which bits
+
+Scheme = tuple[Grid, ActivationScheme | None, tuple[TransformStep, ...]]
+
+
+@dataclass(frozen=True)
+class ActivationBits:
+    """Activation bits that differ between the inputs of a model's layers.
+
+    Invariant: `bits` has a row for every block and in it an entry for every site.
+
+    Attributes:
+        sites: Inputs of a block, each by the names of the layers that read it.
+        bits: [blocks][sites], the bits of every head, or one number for the whole input; empty where the input is not
+            quantized.
+        mean: Mean bits per activation value.
+    """
+
+    sites: tuple[str, ...]
+    bits: tuple[tuple[tuple[int, ...], ...], ...]
+    mean: float
 
 
 def describe_checkpoint(directory: Path, config: PretrainedConfig) -> str:
-    """Describes a checkpoint for people: recipe, version and seed; layers by kind; files.
+    """Describes a checkpoint for people: recipe, version and seed; layers by kind; bits; coverage; files.
 
     Args:
         directory: The checkpoint.
@@ -26,55 +58,176 @@ def describe_checkpoint(directory: Path, config: PretrainedConfig) -> str:
         Several lines of text.
 
     Raises:
-        ValueError: A weight file is damaged or lacks a layer, or the quantization configuration is malformed or names
-            a layer the model does not have.
+        ValueError: A weight file is damaged or lacks a tensor, or the quantization configuration is malformed or names
+            something the model does not have.
     """
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        facts = [("quantized", f"no; weights are {str(config.dtype).removeprefix('torch.')}")]
-        packed: dict[str, Any] = {}
+    quantization, facts = _quantization(config), [("directory", str(directory)), ("family", str(config.model_type))]
+    structure, sizes = _Structure.of(config), _tensor_bytes(directory)
+    parts = []
+    if quantization is None:
+        facts.append(("quantized", _not_ours(config)))
+        parts.append(_layers(structure, {}, [], sizes, directory))
     else:
-        facts, packed = _quantization(stored if isinstance(stored, dict) else stored.to_dict())
-    linears = _linears(config)
-    sizes = _tensor_bytes(directory)
-    for name in packed:
-        if name not in linears:
-            raise ValueError(f"quantization_config.modules: the model has no quantizable layer {name!r}")
-    for name in linears:
-        if f"{name}.weight" not in sizes:
-            raise ValueError(f"{directory}: the weight files hold no {name}.weight")
-    facts = [("directory", str(directory)), ("family", str(config.model_type)), *facts]
-    lines = [f"{title + ':':<17}{value}" for title, value in facts]
-    return "\n".join([*lines, "", _layers(linears, packed, sizes), "", _files(directory)])
+        recipe = Recipe.load(quantization.recipe)
+        facts += _facts(quantization, recipe, len(structure.blocks))
+        layers = {name: quantization.scheme(name) for name in quantization.modules}
+        attention = _attention_tensors(structure, quantization)
+        parts += [_layers(structure, layers, attention, sizes, directory), _attention_table(quantization)]
+        bits, coverage = _activation_bits(structure, quantization), _coverage(quantization)
+        parts += [_bits_table(bits) if bits else "", _coverage_table(coverage, recipe) if coverage else ""]
+    lines = "\n".join(f"{title + ':':<17}{value}" for title, value in facts)
+    return "\n\n".join(part for part in (lines, *parts, _files(directory)) if part)
 
 
-def _quantization(stored: dict[str, Any]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
-    """What a quantization configuration says, for people, and its packed layers."""
-    method = stored.get("quant_method")
-    if method != QUANT_METHOD:
-        return [("quantized", f"yes, by {method!r}, not by dllmquant")], {}
+def checkpoint_coverage(config: PretrainedConfig) -> Coverage | None:
+    """Returns where in the denoising process a checkpoint's calibration states lie; None if it does not say.
+
+    Raises:
+        ValueError: The quantization configuration is malformed.
+    """
+    quantization = _quantization(config)
+    return None if quantization is None else _coverage(quantization)
+
+
+def checkpoint_bits(config: PretrainedConfig) -> ActivationBits | None:
+    """Returns the activation bits of a checkpoint if they were allocated, else None.
+
+    Raises:
+        ValueError: The quantization configuration is malformed or names a layer the model does not have.
+    """
+    quantization = _quantization(config)
+    return None if quantization is None else _activation_bits(_Structure.of(config), quantization)
+
+
+def mean_bits(allocation: Iterable[SiteBits], widths: Mapping[str, int]) -> float:
+    """Returns the mean bits per activation value.
+
+    Args:
+        allocation: The bits of every unit, at least one.
+        widths: Channels of every site; its units have equal shares of them.
+    """
+    entries = list(allocation)
+    units = Counter(entry.site for entry in entries)
+    shares = [widths[entry.site] / units[entry.site] for entry in entries]
+    return sum(entry.bits * share for entry, share in zip(entries, shares, strict=True)) / sum(shares)
+
+
+@dataclass(frozen=True, eq=False)
+class _Structure:
+    """What a model's configuration says of its structure.
+
+    Attributes:
+        linears: The layers that can be quantized, without memory for their weights.
+        blocks: Full paths of the blocks.
+        sites: Names of the layers that share an input, relative to a block.
+    """
+
+    linears: dict[str, nn.Linear]
+    blocks: tuple[str, ...]
+    sites: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> "_Structure":
+        content = config.to_dict()
+        content.pop("quantization_config", None)
+        with torch.device("meta"):
+            skeleton = AutoModel.from_config(type(config).from_dict(content))
+        adapter = adapter_for(skeleton)
+        return cls(
+            {name: cast("nn.Linear", module) for name, module in adapter.linears(skeleton)},
+            tuple(f"{adapter.blocks}.{index}" for index in range(len(adapter.block_list(skeleton)))),
+            adapter.linear_groups,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The quantization configuration
+
+
+def _quantization(config: PretrainedConfig) -> DLLMQuantConfig | None:
+    """The quantization configuration if it is ours."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None or isinstance(stored, DLLMQuantConfig):
+        return stored
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    if stored.get("quant_method") != QUANT_METHOD:
+        return None
     try:
-        config = DLLMQuantConfig(**stored)
+        return DLLMQuantConfig(**stored)
     except TypeError as error:
         raise ValueError(f"quantization_config is malformed: {error}") from error
-    recipe = Recipe.load(config.recipe)
+
+
+def _not_ours(config: PretrainedConfig) -> str:
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return f"no; weights are {str(config.dtype).removeprefix('torch.')}"
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    return f"yes, by {method!r}, not by dllmquant"
+
+
+def _facts(quantization: DLLMQuantConfig, recipe: Recipe, blocks: int) -> list[tuple[str, str]]:
     facts = [
-        ("quantized", f"yes, layout version {config.format_version}"),
+        ("quantized", f"yes, layout version {quantization.format_version}"),
         ("recipe", f"{recipe.name} ({recipe.summary()})"),
-        ("library version", config.library_version),
-        ("seed", str(config.seed)),
-        ("states hash", config.states_hash or "none; the recipe uses no data"),
+        ("protocol", recipe.protocol),
+        ("library version", quantization.library_version),
+        ("seed", str(quantization.seed)),
+        ("states hash", quantization.states_hash or "none; the recipe uses no data"),
     ]
-    return facts, config.modules
+    schemes = _attention_schemes(quantization)
+    if schemes and len(set(schemes.values())) == 1:
+        described = ", ".join(
+            f"{what} {how}" for what, how in zip(_ATTENTION, _attended(next(iter(schemes.values()))), strict=True)
+        )
+        count = f"all {blocks}" if len(schemes) == blocks else f"{len(schemes)} of {blocks}"
+        facts.append(("attention", f"in {count} blocks: {described}"))
+    return facts
 
 
-def _linears(config: PretrainedConfig) -> dict[str, nn.Linear]:
-    """The layers that can be quantized, without memory for their weights."""
-    content = config.to_dict()
-    content.pop("quantization_config", None)
-    with torch.device("meta"):
-        skeleton = AutoModel.from_config(type(config).from_dict(content))
-    return {name: cast("nn.Linear", module) for name, module in adapter_for(skeleton).linears(skeleton)}
+_ATTENTION = ("softmax", "values", "queries and keys")
+
+
+def _attention_schemes(quantization: DLLMQuantConfig) -> dict[str, AttentionScheme]:
+    return {name: quantization.attention_quantizer(name, "meta").scheme for name in quantization.attention}
+
+
+def _attended(scheme: AttentionScheme) -> tuple[str, str, str]:
+    """How softmax output, values, and queries and keys are represented, for people."""
+    values = "token and head" if scheme.value_granularity == "token" else f"{scheme.value_granularity} (static)"
+    rotated = ", rotated" if scheme.rotate_query_key else ""
+    return (
+        "not quantized" if scheme.probs_bits is None else f"{scheme.probs_bits}-bit {scheme.probs_grid}",
+        "not quantized" if scheme.value_bits is None else f"{scheme.value_bits}-bit per {values}",
+        "not quantized"
+        if scheme.query_key_bits is None
+        else f"{scheme.query_key_bits}-bit per token and head{rotated}",
+    )
+
+
+def _attention_table(quantization: DLLMQuantConfig) -> str:
+    """A row for every block, if blocks differ."""
+    schemes = _attention_schemes(quantization)
+    if len(set(schemes.values())) < 2:
+        return ""
+    return aligned(
+        ["attention of", *_ATTENTION], [[name, *_attended(scheme)] for name, scheme in schemes.items()], left=4
+    )
+
+
+def _attention_tensors(structure: _Structure, quantization: DLLMQuantConfig) -> list[str]:
+    """Names of the tensors of the attention quantizers."""
+    names = []
+    for block in quantization.attention:
+        if block not in structure.blocks:
+            raise ValueError(f"quantization_config.attention: the model has no block {block!r}")
+        buffers = quantization.attention_quantizer(block, "meta").named_buffers()
+        names += [f"{block}.attention_quantizer.{name}" for name, _ in buffers]
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers and their bytes
 
 
 def _tensor_bytes(directory: Path) -> dict[str, int]:
@@ -98,46 +251,241 @@ def _tensor_bytes(directory: Path) -> dict[str, int]:
     return sizes
 
 
-def _layers(linears: dict[str, nn.Linear], packed: dict[str, Any], sizes: dict[str, int]) -> str:
+def _layers(
+    structure: _Structure,
+    schemes: Mapping[str, Scheme],
+    attention: Sequence[str],
+    sizes: Mapping[str, int],
+    directory: Path,
+) -> str:
     """A table of the layers by kind: how many, how they are stored, what they take."""
-    kinds: dict[tuple[str, ...], list[str]] = {}
-    for name in linears:
-        kind = name.rsplit(".", 1)[-1]
-        kinds.setdefault((kind, *_representation(packed.get(name))), []).append(name)
+    tensors = {name: _tensors(name, linear, schemes.get(name)) for name, linear in structure.linears.items()}
+    for name in schemes:
+        if name not in structure.linears:
+            raise ValueError(f"quantization_config.modules: the model has no quantizable layer {name!r}")
+    for tensor in (*(tensor for of_layer in tensors.values() for tensor in of_layer), *attention):
+        if tensor not in sizes:
+            raise ValueError(f"{directory}: the weight files hold no {tensor}")
+    kinds: dict[object, list[str]] = {}
+    for name in structure.linears:
+        kinds.setdefault((_leaf(name), _shared(schemes.get(name))), []).append(name)
     rows = []
-    total_parameters = total_bytes = 0
-    for described, names in kinds.items():
-        parameters = sum(linears[name].in_features * linears[name].out_features for name in names)
-        taken = sum(
-            sizes.get(f"{name}.{tensor}", 0)
-            for name in names
-            for tensor in ("weight", "weight_scale", "weight_zero_point")
-        )
-        rows.append([*described, str(len(names)), f"{parameters:,}", f"{taken:,}", f"{taken / parameters:.3f}"])
-        total_parameters += parameters
-        total_bytes += taken
-    total = [f"{total_parameters:,}", f"{total_bytes:,}", f"{total_bytes / total_parameters:.3f}"]
-    rows.append(["all", "", "", str(len(linears)), *total])
-    rows.append(["everything else", "", "", "", "", f"{sum(sizes.values()) - total_bytes:,}", ""])
-    header = ["layer", "weights", "inputs", "count", "parameters", "bytes", "bytes/weight"]
-    return aligned(header, rows, left=3)
+    for names in kinds.values():
+        linears = [structure.linears[name] for name in names]
+        told = _representation([schemes.get(name) for name in names], linears)
+        rows.append([_leaf(names[0]), *told, str(len(names)), *_numbers(names, structure, tensors, sizes)])
+    everything = list(structure.linears)
+    rows.append(["all", "", "", "", str(len(everything)), *_numbers(everything, structure, tensors, sizes)])
+    counted = sum(sizes[tensor] for name in everything for tensor in tensors[name])
+    scales = sum(sizes[tensor] for tensor in attention)
+    if attention:
+        rows.append(["attention scales", "", "", "", "", "", f"{scales:,}", "", ""])
+    rows.append(["everything else", "", "", "", "", "", f"{sum(sizes.values()) - counted - scales:,}", "", ""])
+    header = ["layer", "weights", "inputs", "input transform", "count", "parameters", "bytes", "transform bytes"]
+    header.append("bytes/weight")
+    if not any(steps for _, _, steps in schemes.values()):
+        header, *rows = ([*row[:3], *row[4:7], row[8]] for row in (header, *rows))
+        return aligned(header, rows, left=3)
+    return aligned(header, rows, left=4)
 
 
-def _representation(scheme: dict[str, Any] | None) -> tuple[str, str]:
-    """How a layer's weights and inputs are represented, for people."""
+def _tensors(name: str, linear: nn.Linear, scheme: Scheme | None) -> list[str]:
+    """Names of the tensors that hold a layer's weight, its scales and its input transform."""
     if scheme is None:
-        return "not quantized", "not quantized"
-    told = []
-    for part, whole in ((scheme["weight"], "channel"), (scheme["activation"], "token")):
-        if part is None:
-            told.append("not quantized")
-            continue
-        grouping = whole if part["group_size"] is None else f"group of {part['group_size']}"
-        told.append(f"{part['bits']}-bit {'symmetric' if part['symmetric'] else 'asymmetric'} per {grouping}")
-    return told[0], told[1]
+        return [f"{name}.weight"]
+    grid, activation, steps = scheme
+    try:
+        packed = QuantLinear(
+            linear.in_features,
+            linear.out_features,
+            grid,
+            activation,
+            bias=False,
+            device="meta",
+            input_transform=steps,
+        )
+    except ValueError as error:
+        raise ValueError(f"quantization_config.modules[{name!r}]: {error}") from error
+    return [f"{name}.{buffer}" for buffer, _ in packed.named_buffers()]
+
+
+def _numbers(
+    names: Sequence[str], structure: _Structure, tensors: Mapping[str, Sequence[str]], sizes: Mapping[str, int]
+) -> list[str]:
+    """Parameters, bytes, those of input transforms, and bytes per weight."""
+    parameters = sum(structure.linears[name].in_features * structure.linears[name].out_features for name in names)
+    stored = [tensor for name in names for tensor in tensors[name]]
+    taken = sum(sizes[tensor] for tensor in stored)
+    transforms = sum(sizes[tensor] for tensor in stored if ".input_transform." in tensor)
+    return [f"{parameters:,}", f"{taken:,}", f"{transforms:,}", f"{taken / parameters:.3f}"]
+
+
+def _leaf(path: str) -> str:
+    return path.rsplit(".", 1)[-1]
+
+
+def _shared(scheme: Scheme | None) -> object:
+    """What layers must have in common to be told together: all but the widths that vary within a mean."""
+    if scheme is None:
+        return None
+    grid, activation, steps = scheme
+    return (
+        (grid.bits if grid.group_bits is None else "mixed", grid.group_size, grid.symmetric),
+        None if activation is None else (activation.group_size, activation.symmetric),
+        steps,
+    )
+
+
+def _representation(schemes: Sequence[Scheme | None], linears: Sequence[nn.Linear]) -> tuple[str, str, str]:
+    """How weights and inputs of layers of one kind are represented, and how inputs are transformed, for people."""
+    grids: Counter[int] = Counter()
+    inputs: Counter[int] = Counter()
+    for scheme, linear in zip(schemes, linears, strict=True):
+        if scheme is None:
+            return "not quantized", "not quantized", "none"
+        grid, activation, _ = scheme
+        for bits in grid.bits_of_groups(linear.in_features):
+            grids[bits] += grid.width(linear.in_features) * linear.out_features
+        if activation is not None:
+            width = activation.width(linear.in_features)
+            for bits in activation.group_bits or (activation.bits,) * (linear.in_features // width):
+                inputs[bits] += width
+    assert schemes[0] is not None
+    grid, activation, steps = schemes[0]
+    return (
+        _grid_text(grids, grid.symmetric, grid.group_size, "channel"),
+        "not quantized"
+        if activation is None
+        else _grid_text(inputs, activation.symmetric, activation.group_size, "token"),
+        " · ".join(step.kind if step.size is None else f"{step.kind} {step.size}" for step in steps) or "none",
+    )
+
+
+def _grid_text(widths: Counter[int], symmetric: bool, group_size: int | None, whole: str) -> str:
+    bits = "/".join(map(str, sorted(widths))) + "-bit"
+    if len(widths) > 1:
+        mean = sum(width * count for width, count in widths.items()) / widths.total()
+        bits += f", mean {round(mean, 2)},"
+    grouping = whole if group_size is None else f"group of {group_size}"
+    return f"{bits} {'symmetric' if symmetric else 'asymmetric'} per {grouping}"
 
 
 def _files(directory: Path) -> str:
     files = [(path.name, path.stat().st_size) for path in sorted(directory.iterdir()) if path.is_file()]
     rows = [[name, f"{size:,}"] for name, size in [*files, ("total", sum(size for _, size in files))]]
     return aligned(["file", "bytes"], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activation bits
+
+
+def _activation_bits(structure: _Structure, quantization: DLLMQuantConfig) -> ActivationBits | None:
+    if not quantization.allocation:
+        return None
+    where = {
+        f"{block}.{leaf}": (row, column)
+        for row, block in enumerate(structure.blocks)
+        for column, site in enumerate(structure.sites)
+        for leaf in site
+    }
+    entries, units = [], {}
+    for stored in quantization.allocation:
+        try:
+            entry = SiteBits(**stored)
+            if entry.site not in where or type(entry.bits) is not int:
+                raise ValueError(f"the model has no site {entry.site!r} of {entry.bits!r} bits")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"quantization_config.allocation is malformed: {error}") from error
+        entries.append(entry)
+        units[(*where[entry.site], entry.unit)] = entry.bits
+    bits = tuple(
+        tuple(
+            tuple(width for (at, of, _), width in units.items() if (at, of) == (row, column))
+            for column in range(len(structure.sites))
+        )
+        for row in range(len(structure.blocks))
+    )
+    widths = {entry.site: structure.linears[entry.site].in_features for entry in entries}
+    sites = tuple("+".join(map(_leaf, site)) for site in structure.sites)
+    return ActivationBits(sites, bits, mean_bits(entries, widths))
+
+
+def bits_text(bits: Sequence[int]) -> str:
+    """The bits of one site, for people: those of every head, or of many heads how many have which."""
+    if len(bits) <= _LISTED_HEADS:
+        return "/".join(map(str, bits)) or "-"
+    return " ".join(f"{count}×{width}" for width, count in sorted(Counter(bits).items()))
+
+
+def _bits_table(bits: ActivationBits) -> str:
+    heads = "; several numbers: head by head" if any(len(entry) > 1 for row in bits.bits for entry in row) else ""
+    rows = [[str(index), *map(bits_text, row)] for index, row in enumerate(bits.bits)]
+    title = f"activation bits by block and input, mean {round(bits.mean, 3)}{heads}"
+    return f"{title}\n{aligned(['block', *bits.sites], rows)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Coverage
+
+
+def _coverage(quantization: DLLMQuantConfig) -> Coverage | None:
+    if quantization.coverage is None:
+        return None
+    try:
+        return Coverage.from_dict(quantization.coverage)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"quantization_config.coverage is malformed: {error}") from error
+
+
+def bucket_texts(coverage: Coverage) -> list[str]:
+    """Names of the mask-ratio buckets, for people."""
+    return [_edges(bucket, coverage.buckets) for bucket in range(coverage.buckets)]
+
+
+def segment_texts(coverage: Coverage) -> list[str]:
+    """Names of the trajectory segments, for people: number and progress."""
+    return [f"{segment + 1} ({_edges(segment, coverage.segments)})" for segment in range(coverage.segments)]
+
+
+def cell_text(coverage: Coverage, segment: int, bucket: int) -> str:
+    """The states of a cell, and how many they were selected from if any were recorded, for people."""
+    recorded = 0 if coverage.recorded is None else coverage.recorded[segment][bucket]
+    return f"{coverage.states[segment][bucket]}" + (f"/{recorded}" if recorded else "")
+
+
+def _edges(part: int, parts: int) -> str:
+    return "-".join(f"{100 * edge / parts:.3g}" for edge in (part, part + 1)) + "%"
+
+
+def _coverage_table(coverage: Coverage, recipe: Recipe) -> str:
+    diagonal, empty = set(coverage.diagonal), set(coverage.empty)
+
+    def cell(segment: int, bucket: int) -> str:
+        text = cell_text(coverage, segment, bucket)
+        if (segment, bucket) in empty:
+            return "." if text == "0" and (segment, bucket) not in diagonal else text
+        return f"{text} ({coverage.masked_tokens[segment][bucket]}+{coverage.unmasked_tokens[segment][bucket]})"
+
+    header = ["segment", *(f"{text} masked" for text in bucket_texts(coverage))]
+    rows = [
+        [text, *(cell(segment, bucket) for bucket in range(coverage.buckets))]
+        for segment, text in enumerate(segment_texts(coverage))
+    ]
+    counted = "states" if coverage.recorded is None else "selected/recorded states"
+    return "\n".join(
+        [
+            f"calibration states: {coverage.summary()}",
+            aligned(header, rows),
+            f"cells: {counted} (masked+other tokens); 0: an even schedule passes through, but no state is there",
+            *(f"note: {note}" for note in _coverage_notes(coverage, recipe)),
+        ]
+    )
+
+
+def _coverage_notes(coverage: Coverage, recipe: Recipe) -> tuple[str, ...]:
+    """What quantizing said: states without masks leave the denoising process out on purpose."""
+    if recipe.calibration is None or recipe.calibration.states == "clean":
+        return ()
+    selected = recipe.calibration.states in ("trajectory", "closed_loop")
+    return coverage.notes(recipe.calibration.quotas if selected else None)

@@ -117,7 +117,7 @@ def _draw_differences(axes: Axes, by_cell: Mapping[str, PairedDifference | None]
     axes.axvline(0, color="#444444", linestyle="--", linewidth=0.9)
     for row, paired in enumerate(by_cell.values()):
         if paired is None:
-            axes.annotate("no result", (0, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+            axes.annotate("no result ", (0, row), ha="right", va="center", fontsize=8)
             continue
         # A percentile interval may leave the estimate out by a resample's width.
         below, above = (

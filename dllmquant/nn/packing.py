@@ -64,10 +64,16 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     if 8 % bits == 0:
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
         return ((packed[..., None] >> shifts) & ((1 << bits) - 1)).flatten(1)[:, :columns]
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    stream = ((packed[..., None] >> places) & 1).flatten(1)[:, : columns * bits]
-    shifts = torch.arange(bits, dtype=torch.uint8, device=packed.device)
-    return (stream.view(len(packed), columns, bits) << shifts).sum(-1, dtype=torch.int32).to(torch.uint8)
+    # eight codes fill `bits` whole bytes, and each lies in one of them or in two neighbours
+    padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits))
+    cells = padded.view(len(packed), padded.shape[1] // bits, bits)
+    codes = cells.new_empty(*cells.shape[:2], 8)
+    for code in range(8):
+        byte, offset = divmod(code * bits, 8)
+        codes[..., code] = cells[..., byte] >> offset
+        if offset + bits > 8:
+            codes[..., code] |= cells[..., byte + 1] << (8 - offset)
+    return codes.bitwise_and_((1 << bits) - 1).flatten(1)[:, :columns]
 
 
 def mixed_width(columns: int, bits: Sequence[int]) -> int:

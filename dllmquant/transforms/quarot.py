@@ -21,7 +21,7 @@ from dllmquant.core.hadamard import random_hadamard
 from dllmquant.models import ModelAdapter
 from dllmquant.transforms.fold import linear_at
 
-_ROWS = 4096  # rows rotated at once; an embedding in float64 would not fit beside the model
+_ROWS = 1 << 14  # rows rotated at once; an embedding in float64 would not fit beside the model
 
 
 @torch.no_grad()
@@ -106,8 +106,8 @@ def rotate_values(model: nn.Module, adapter: ModelAdapter, *, seed: int = 0) -> 
         pairs.append((value, output))
     rotation = random_hadamard(pairs[0][0].out_features // value_heads, seed)
     for value, output in pairs:
-        _multiply_left(value, torch.block_diag(*[rotation] * value_heads))
-        _multiply(output.weight, torch.block_diag(*[rotation] * query_heads))
+        _multiply_left(value, rotation)
+        _multiply(output.weight, rotation)
 
 
 def _residual_fields(model: nn.Module, adapter: ModelAdapter) -> tuple[tuple[tuple[str, tuple[str, ...]], ...], str]:
@@ -157,15 +157,15 @@ def _checked(model: nn.Module, name: str, axis: int, width: int) -> nn.Linear:
 
 
 def _multiply(weight: Tensor, matrix: Tensor) -> None:
-    """W ← W M in float64."""
+    """W ← W diag(M, M, …) in float64: as many M as fit the columns."""
     matrix = matrix.to(weight.device)
-    for rows in weight.split(_ROWS):
+    for rows in weight.view(-1, len(matrix)).split(_ROWS):
         rows.copy_(rows.double() @ matrix)
 
 
 def _multiply_left(linear: nn.Linear, matrix: Tensor) -> None:
-    """W ← Mᵀ W and b ← Mᵀ b in float64."""
+    """W ← diag(M, M, …)ᵀ W and b ← diag(M, M, …)ᵀ b in float64: as many M as fit the rows."""
     transposed = matrix.T.to(linear.weight.device)
-    linear.weight.copy_(transposed @ linear.weight.double())
-    if linear.bias is not None:
-        linear.bias.copy_(transposed @ linear.bias.double())
+    for parameter in linear.parameters():
+        blocks = parameter.view(-1, len(matrix), parameter[0].numel())
+        blocks.copy_(transposed @ blocks.double())

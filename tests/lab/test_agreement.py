@@ -47,7 +47,7 @@ def models() -> tuple[LLaDAModelLM, LLaDAModelLM]:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter += 0.08 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.08 * torch.randn(parameter.shape, generator=generator))
     return original, other
 
 
@@ -62,9 +62,12 @@ def trajectory_of(model: LLaDAModelLM, **sampler: Any) -> tuple[Trajectory, Tens
 
 def events(trajectory: Trajectory, tokens: Tensor, prompt: int) -> list[set[tuple[int, int]]]:
     """What each step of a prompt committed, read off the states before and after it."""
-    final = trajectory.ids[prompt, 0].clone().long()
+    final: Tensor = trajectory.ids[prompt, 0].clone().long()
     final[-trajectory.gen_length :] = tokens[prompt]
-    states = [*(trajectory.ids[prompt, step].long() for step in range(int(trajectory.num_steps[prompt]))), final]
+    states: list[Tensor] = [
+        *(trajectory.ids[prompt, step].long() for step in range(int(trajectory.num_steps[prompt]))),
+        final,
+    ]
     return [
         {(position, int(after[position])) for position in range(len(after)) if before[position] != after[position]}
         for before, after in itertools.pairwise(states)

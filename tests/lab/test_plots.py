@@ -1,13 +1,15 @@
 import ast
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib import colors
+from matplotlib.container import ErrorbarContainer
 
 from dllmquant.lab import plots
 from dllmquant.lab.evaluate import TaskScore
-from dllmquant.lab.plots import plot_demo
-from dllmquant.lab.statistics import wilson_interval
+from dllmquant.lab.plots import plot_demo, plot_differences
+from dllmquant.lab.statistics import PairedDifference, wilson_interval
 from dllmquant.lab.stepwise import Curve, StepErrors
 
 
@@ -100,6 +102,65 @@ def test_input_that_does_not_fit(tmp_path: Path, changes, message: str) -> None:
     arguments = {"scores": SCORES, "errors": ERRORS, "baseline": "16-bit", "title": "t"} | changes
     with pytest.raises(ValueError, match=message):
         plot_demo(tmp_path / "x.png", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+# differences
+
+
+def paired(points: float, half: float) -> PairedDifference:
+    return PairedDifference(points / 100, (points - half) / 100, (points + half) / 100, 0.5, 40, 1, 1)
+
+
+DIFFERENCES: dict[str, dict[str, PairedDifference | None]] = {
+    "natural": {"rtn": paired(-20, 5), "best": paired(-1, 2)},
+    "stress": {"rtn": paired(-60, 6), "best": None},
+}
+
+
+def test_dots_are_the_differences_with_their_intervals() -> None:
+    drawn = plots._differences_figure(DIFFERENCES, ["rtn", "best"], "16-bit", "the title")
+    assert len(drawn.axes) == 2
+    for axes, (model, by_cell) in zip(drawn.axes, DIFFERENCES.items(), strict=True):
+        assert axes.get_title(loc="left") == f"{model} (n = 40)"
+        rows = {row: each for row, each in enumerate(by_cell.values()) if each is not None}
+        assert len(axes.containers) == len(rows)
+        for container, (row, each) in zip(axes.containers, rows.items(), strict=True):
+            assert isinstance(container, ErrorbarContainer)
+            dot, _, bars = container.lines
+            assert list(np.ravel(dot.get_xdata())) == [pytest.approx(100 * each.difference)]
+            assert list(np.ravel(dot.get_ydata())) == [row]
+            ((left, _), (right, _)) = bars[0].get_segments()[0]
+            assert (left, right) == (pytest.approx(100 * each.low), pytest.approx(100 * each.high))
+        assert [text.get_text() for text in axes.texts] == ["no result "] * (2 - len(rows))
+    first = drawn.axes[0]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["rtn", "best"]
+    bottom, top = first.get_ylim()
+    assert bottom > top  # the first cell on top
+    assert first.get_xlim() == drawn.axes[1].get_xlim()
+    assert "16-bit" in drawn.get_supxlabel()
+
+
+def test_differences_as_a_png(tmp_path: Path) -> None:
+    paths = [tmp_path / "new" / "a.png", tmp_path / "b.png"]
+    for path in paths:
+        assert plot_differences(path, DIFFERENCES, reference="16-bit", title="t") == path
+    first, second = (path.read_bytes() for path in paths)
+    assert first.startswith(b"\x89PNG\r\n\x1a\n")
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("differences", "message"),
+    [
+        ({}, "differences holds {}; valid: at least one model with at least one cell"),
+        ({"a": {}}, "valid: at least one model"),
+        ({"a": {"x": None}, "b": {"y": None}}, r"differences\['b'\] holds \['y'\]; valid: \['x'\]"),
+    ],
+)
+def test_differences_that_do_not_fit(tmp_path: Path, differences, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plot_differences(tmp_path / "x.png", differences, reference="16-bit", title="t")
     assert not list(tmp_path.iterdir())
 
 

@@ -148,8 +148,8 @@ def flipped_by_enumeration(a: Bools, b: Bools) -> float:
     """Share of all sign patterns with a sum as far from 0 as the observed one, in exact fractions."""
     d = [Fraction(int(y.sum()), len(y)) - Fraction(int(x.sum()), len(x)) for x, y in zip(a, b, strict=True)]
     patterns = list(itertools.product((1, -1), repeat=len(d)))
-    sums = [abs(sum(sign * each for sign, each in zip(signs, d, strict=True))) for signs in patterns]
-    return sum(each >= abs(sum(d)) for each in sums) / len(sums)
+    sums = [abs(sum((sign * each for sign, each in zip(signs, d, strict=True)), Fraction())) for signs in patterns]
+    return sum(each >= abs(sum(d, Fraction())) for each in sums) / len(sums)
 
 
 @pytest.mark.parametrize(("runs_a", "runs_b"), [(1, 1), (1, 3), (2, 3), (2, 4), (4, 4)])
@@ -333,7 +333,7 @@ def test_invalid_runs(a: Any, b: Any, message: str) -> None:
 def test_invalid_options_of_runs(options: dict[str, Any], message: str) -> None:
     for function, count in ((paired_difference_clustered, 2), (recovered_share, 3)):
         with pytest.raises(ValueError, match=message):
-            function(*[TRUE[:, None]] * count, **options)  # type: ignore[operator]
+            function(*[TRUE[:, None]] * count, **options)
 
 
 @pytest.mark.parametrize(

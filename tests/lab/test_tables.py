@@ -1,6 +1,9 @@
+import csv
+import io
+
 import pytest
 
-from dllmquant.lab.tables import aligned, markdown
+from dllmquant.lab.tables import aligned, comma_separated, markdown
 
 HEADER = ["model", "n", "bytes"]
 ROWS = [["a|b", "1", "2,000"], ["longer name", "10", ""]]
@@ -33,7 +36,13 @@ def test_markdown() -> None:
     ]
 
 
-@pytest.mark.parametrize("render", [aligned, markdown])
+def test_comma_separated() -> None:
+    text = comma_separated(HEADER, [*ROWS, ['say "x"', "a\nb", "−1"]])
+    assert text.startswith('model,n,bytes\na|b,1,"2,000"\nlonger name,10,\n')
+    assert list(csv.reader(io.StringIO(text)))[-1] == ['say "x"', "a\nb", "−1"]
+
+
+@pytest.mark.parametrize("render", [aligned, markdown, comma_separated])
 def test_ragged_rows(render) -> None:
     with pytest.raises(ValueError, match=r"rows\[1\] has 2 cells; valid: 3"):
         render(HEADER, [["1", "2", "3"], ["1", "2"]])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dllmquant.core.hadamard import random_hadamard
-from dllmquant.models import adapter_for
+from dllmquant.models import ModelAdapter, adapter_for
 from dllmquant.transforms.fold import assert_same_function, probe_logits, rounding_tolerance
 from dllmquant.transforms.outliers import plant_outliers
 from dllmquant.transforms.quarot import rotate_residual, rotate_values
@@ -262,6 +262,26 @@ def test_other_norms_are_an_error(norm, message):
     model = tiny_model()
     model.set_submodule(f"{BLOCKS}.1.attn_norm", norm)
     assert_refused(model, adapter_for(model), message)
+
+
+def test_a_layer_norm_is_noticed_however_wide():
+    """Random numbers have hardly a mean over many channels, and without one both norms agree."""
+    block = nn.ModuleDict({"norm": nn.LayerNorm(4096, bias=False), "read": nn.Linear(4096, 1)})
+    block["write"] = nn.Linear(1, 4096)
+    model = nn.ModuleDict({"embed": nn.Embedding(2, 4096), "blocks": nn.ModuleList([block])})
+    model["last"], model["head"] = nn.RMSNorm(4096), nn.Linear(4096, 2)
+    adapter = ModelAdapter(
+        model_type="wide",
+        blocks="blocks",
+        linear_groups=(("read",), ("write",)),
+        embedding="embed",
+        head="head",
+        mask_token_id=0,
+        scale_pairs=(("norm", ("read",)),),
+        residual_outputs=("write",),
+        final_norm="last",
+    )
+    assert_refused(model, adapter, "norm: LayerNorm does not compute")
 
 
 def test_torchs_own_rms_norm_is_welcome():
