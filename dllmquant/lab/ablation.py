@@ -346,7 +346,8 @@ def plan_ablation(ablation: Ablation, *, base: Path = Path()) -> AblationPlan:
         base: Directory that paths of recipes start from: the document's.
 
     Raises:
-        AblationError: A recipe or a model does not exist or is not valid, or the sampler draws random numbers.
+        AblationError: A recipe or a model does not exist or is not valid, two cells or models are the same, or the
+            sampler draws random numbers.
     """
     recipes = {cell.name: _cell_recipe(cell, base) for cell in ablation.cells}
     models = [_find_model(entry, ablation.sampler) for entry in ablation.models]
@@ -357,6 +358,13 @@ def plan_ablation(ablation: Ablation, *, base: Path = Path()) -> AblationPlan:
             for seed in cell.seeds or ablation.seeds:
                 recipe = recipes[cell.name].model_copy(update={"seed": seed})
                 runs.append(PlannedRun(model.name, cell.name, seed, recipe, _run_key(ablation, model, recipe)))
+    titles: dict[str, str] = {}
+    for run in runs:
+        if titles.setdefault(run.key, run.title) != run.title:
+            raise AblationError(
+                f"{run.title} and {titles[run.key]} are the same; valid: overrides that change something, models that "
+                "differ"
+            )
     return AblationPlan(ablation, tuple(models), tuple(runs))
 
 
@@ -613,10 +621,10 @@ def run_ablation(
     with tqdm(total=len(plan.runs), initial=len(results), unit="run", disable=not progress) as bar:
         for index, run in enumerate(missing):
             bar.set_description(run.title)
+            if original is not None:
+                original.release()
             if original is None or run.model != missing[index - 1].model:
-                original = None  # the last model goes before the next one comes
                 original = _Original(sources[run.model], plan.ablation, device)
-            original.release()
             result = _measure(run, original, plan.ablation, trajectories=output / "trajectories")
             result.save(output / "cells" / run.file_name)
             results[run] = result

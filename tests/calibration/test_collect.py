@@ -133,3 +133,9 @@ def test_cost():
     assert cost.prompts_per_second == 4
     assert cost.to_dict() == {"prompts": 6, "forward_passes": 9, "seconds": 1.5, "cached": False}
     assert base.Cost(6, 0, 0.0).prompts_per_second == 0
+
+
+def test_segments_of_quota_zero_are_not_missed():
+    states = collect({"quotas": (0.5, 0.0, 0.0, 0.5)})
+    assert [sum(row) for row in states.coverage.states] == [4, 0, 0, 4]
+    assert states.notes == ()

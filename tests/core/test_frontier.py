@@ -1,5 +1,7 @@
 """Frontier weights against their definition, token by token."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -15,9 +17,7 @@ def test_is_the_sum_of_its_terms(seed: int, coefficients: tuple[float, float, fl
     committed = masked & (torch.rand(3, 7, generator=generator) < 0.4)
     confidence = torch.rand(3, 7, generator=generator)
     context, frontier, reliability = coefficients
-    got = frontier_weights(
-        masked, committed, confidence, context=context, frontier=frontier, reliability=reliability
-    )
+    got = frontier_weights(masked, committed, confidence, context=context, frontier=frontier, reliability=reliability)
     for row in range(3):
         for column in range(7):
             expected = context
@@ -47,8 +47,8 @@ def test_the_frontier_outweighs_what_is_masked_and_that_outweighs_text() -> None
         ({"context": 0.0, "frontier": 0.0, "reliability": 0.0}, "not all zero"),
     ],
 )
-def test_refuses_what_has_no_meaning(change: dict, message: str) -> None:
-    arguments = {
+def test_refuses_what_has_no_meaning(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
         "masked": torch.ones(2, dtype=torch.bool),
         "committed": torch.ones(2, dtype=torch.bool),
         "confidence": torch.full((2,), 0.5),

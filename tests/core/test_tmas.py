@@ -234,16 +234,42 @@ def test_few_states_go_to_different_buckets_and_none_is_emptied() -> None:
             assert len({b for s, b in cells(covered, record, 8) if s == segment}) == min(count, held)
 
 
-def test_exchanged_states_come_of_prompts_that_gave_few() -> None:
-    """Prompts 0 to 2 record the upper bucket only; of the others, with one low state each, none has given a state."""
-    record = trajectories([8] * 5)
-    record["mask_ratio"][:] = torch.linspace(0.99, 0.9, 8)
-    record["mask_ratio"][3, 0] = record["mask_ratio"][4, 0] = 0.1
-    record["valid"][3:, 1:] = False
-    for seed in range(20):
+def one_of(record: dict[str, Tensor], lengths: list[int]) -> dict[str, Tensor]:
+    """The first `lengths[p]` steps of each trajectory."""
+    return record | {
+        "valid": record["valid"] & (torch.arange(record["valid"].shape[1]) < torch.tensor(lengths)[:, None])
+    }
+
+
+def test_the_state_that_comes_is_of_the_prompt_that_gave_fewest() -> None:
+    """Both prompts recorded one low ratio; the first one also gives the high ones."""
+    record = one_of(trajectories([50, 50]), [50, 1])
+    record["mask_ratio"] = torch.full((2, 50), 0.9)
+    record["mask_ratio"][:, 0] = 0.1
+    exchanged = 0
+    for seed in range(12):
+        plain = select(record, 2, seed, quotas=(1.0,)).states
+        states = select(record, 2, seed, quotas=(1.0,), mask_ratio_buckets=2).states
+        low = [state for state in plain if state.step == 0]
+        if not low:
+            exchanged += 1
+            assert [state.trajectory for state in states if state.step == 0] == [1]
+    assert exchanged > 5
+
+
+def test_the_state_that_goes_is_of_the_prompt_that_gave_most() -> None:
+    """The first prompt gives two high ratios, the second one; the third has recorded the only low one."""
+    record = one_of(trajectories([30, 30, 30]), [30, 1, 1])
+    record["mask_ratio"] = torch.full((3, 30), 0.9)
+    record["mask_ratio"][1, 0], record["mask_ratio"][2, 0] = 1.0, 0.1
+    exchanged = 0
+    for seed in range(12):
+        plain = select(record, 3, seed, quotas=(1.0,)).states
         states = select(record, 3, seed, quotas=(1.0,), mask_ratio_buckets=2).states
-        assert sum(s.trajectory >= 3 for s in states) == 1
-        assert len({s.trajectory for s in states}) == 3
+        if sorted(state.trajectory for state in plain) == [0, 0, 1]:
+            exchanged += 1
+            assert sorted(state.trajectory for state in states) == [0, 1, 2]
+    assert exchanged > 5
 
 
 def test_covered_buckets_change_nothing() -> None:

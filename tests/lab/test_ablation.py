@@ -215,7 +215,10 @@ def test_overrides_are_merged_as_extends_does(plan: AblationPlan, base: Path) ->
         ),
         ({"cells": [{"recipe": "rtn-w4a4", "overrides": {"weigths": {}}}]}, "weigths: unknown key"),
         ({"models": ["nowhere"]}, "model 'nowhere': there is no directory 'nowhere'; valid: .* llada-tiny"),
-        ({"models": ["."], "cells": []}, "cells: "),
+        (
+            {"cells": ["rtn-w4a4", {"recipe": "rtn-w4a4", "name": "x", "overrides": {"weights": {"bits": 4}}}]},
+            "tiny/x/seed0 and tiny/rtn-w4a4/seed0 are the same; valid: overrides that change something",
+        ),
         ({"sampler": {"temperature": 1.0}}, "its sampler draws random numbers; set sampler: {temperature: 0"),
         ({"sampler": {"step": 1}}, "sampler setting 'step' is unknown"),
     ],

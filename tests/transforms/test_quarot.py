@@ -266,10 +266,11 @@ def test_other_norms_are_an_error(norm, message):
 
 def test_a_layer_norm_is_noticed_however_wide():
     """Random numbers have hardly a mean over many channels, and without one both norms agree."""
-    block = nn.ModuleDict({"norm": nn.LayerNorm(4096, bias=False), "read": nn.Linear(4096, 1)})
-    block["write"] = nn.Linear(1, 4096)
-    model = nn.ModuleDict({"embed": nn.Embedding(2, 4096), "blocks": nn.ModuleList([block])})
-    model["last"], model["head"] = nn.RMSNorm(4096), nn.Linear(4096, 2)
+    width = 1 << 14
+    block = nn.ModuleDict({"norm": nn.LayerNorm(width, bias=False), "read": nn.Linear(width, 1)})
+    block["write"] = nn.Linear(1, width)
+    model = nn.ModuleDict({"embed": nn.Embedding(2, width), "blocks": nn.ModuleList([block])})
+    model["last"], model["head"] = nn.RMSNorm(width), nn.Linear(width, 2)
     adapter = ModelAdapter(
         model_type="wide",
         blocks="blocks",
