@@ -161,23 +161,32 @@ def demo(
     ] = Path("demo-output"),
     limit: Annotated[int, typer.Option(min=1, metavar="N", help="Held-out problems per task.")] = 200,
     seed: Seed = 0,
+    natural: Annotated[
+        bool, typer.Option("--natural", help="Quantize the bundled model as it is, without planted outliers.")
+    ] = False,
 ) -> None:
-    """Quantize the bundled model in three ways and measure each.
+    """Quantize the bundled model in four ways and measure each.
 
-    The model is quantized to 4-bit weights and activations by rounding, by GPTQ and by DLLMQuant; saved, reloaded,
-    and evaluated on held-out problems. DIR then holds the checkpoints, demo.png, demo.json and demo.md. This takes
-    a few minutes on a CPU.
+    Outliers like those of large models are planted in the bundled model first, without changing what it computes.
+    It is then quantized to 4-bit weights and activations by rounding, by GPTQ, by DLLMQuant and by DLLMQuant++;
+    saved, reloaded, and evaluated on held-out problems. DIR then holds the checkpoints, demo.png, demo.json and
+    demo.md. This takes a few minutes on a CPU.
 
     For example:
 
         dllmquant demo --output demo-output --limit 50
     """
-    from dllmquant.lab.demo import run_demo
+    from dllmquant.lab.demo import run_demo, stressed
 
     _check_writable(output, "output")
     with _tamed_transformers(bars=False):
         result = run_demo(
-            output, limit=limit, seed=seed, progress=_interactive(), report=lambda line: typer.echo(line, err=True)
+            output,
+            limit=limit,
+            seed=seed,
+            model=None if natural else stressed(output / "llada-tiny-outliers"),
+            progress=_interactive(),
+            report=lambda line: typer.echo(line, err=True),
         )
     typer.echo(result.text)
 

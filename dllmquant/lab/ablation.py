@@ -89,8 +89,8 @@ class Stress(_Section):
         gain: How much larger they become; a power of two above 1.
     """
 
-    channels: int = Field(default=4, ge=1)
-    gain: float = 16.0
+    channels: int = Field(default=1, ge=1)
+    gain: float = 8.0
 
     @field_validator("gain")
     @classmethod

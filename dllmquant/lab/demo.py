@@ -30,10 +30,11 @@ from dllmquant.models import adapter_for
 from dllmquant.quantizer import DLLMQuantizer
 from dllmquant.recipe import Recipe
 from dllmquant.tasks import take
+from dllmquant.transforms import plant_outliers
 
 logger = logging.getLogger(__name__)
 
-RECIPES = ("rtn-w4a4", "gptq-w4a4", "dllmquant-w4a4")
+RECIPES = ("rtn-w4a4", "gptq-w4a4", "dllmquant-w4a4", "dllmquant-quarot-w4a4")
 GENERATED = ("math", "code")
 TASKS = (*GENERATED, "qa")
 MASK = "░"
@@ -225,6 +226,27 @@ def run_demo(
     written = "\n".join(f"wrote {path}" for path in (*(output / recipe.name for recipe in resolved), *files))
     text = "\n\n".join([aligned(header, cells), sections["notes"], sections["denoising"], f"{closing}\n{written}"])
     return DemoResult(text, tuple(rows), evaluations, errors, files, seconds, memory)
+
+
+def stressed(directory: Path, source: str | Path | None = None) -> Path:
+    """Saves a model with planted outliers: the same function, bit for bit, but harder to quantize.
+
+    The bundled model is so sure of its answers that 4 bits hardly change them; large models are not, because their
+    activations have outliers. See `dllmquant.transforms.plant_outliers`.
+
+    Args:
+        directory: Where to; the model is named after its last part.
+        source: Directory of the model; None is the bundled one.
+
+    Returns:
+        The directory.
+    """
+    source = bundled("llada-tiny") if source is None else str(source)
+    model = AutoModel.from_pretrained(source).eval()
+    plant_outliers(model, adapter_for(model))
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(source).save_pretrained(directory)
+    return directory
 
 
 def _error_prompts(count: int, seed: int) -> list[str]:

@@ -18,7 +18,7 @@ from dllmquant.models import ModelAdapter
 
 @torch.no_grad()
 def plant_outliers(
-    model: nn.Module, adapter: ModelAdapter, *, channels: int = 4, gain: float = 16.0, seed: int = 0
+    model: nn.Module, adapter: ModelAdapter, *, channels: int = 1, gain: float = 8.0, seed: int = 0
 ) -> None:
     """Plants outlier channels in place, in every block and between every pair of the adapter's `scale_pairs`.
 
