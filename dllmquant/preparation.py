@@ -28,9 +28,16 @@ from dllmquant.nn.transform import InputTransform
 from dllmquant.plan import Plan
 from dllmquant.recipe import Recipe
 from dllmquant.settings import AWQ, WUSH, DuQuant, Hadamard, InputTransformSettings, QuaRot, SmoothQuant
-from dllmquant.transforms.awq import block_objective, search_scales
+from dllmquant.transforms.awq import Objective, block_objective, linear_objective, mean_magnitude, search_scales
 from dllmquant.transforms.duquant import fit_duquant
-from dllmquant.transforms.fold import apply_scales, assert_same_function, linear_at, probe_logits, rounding_tolerance
+from dllmquant.transforms.fold import (
+    apply_scales,
+    assert_same_function,
+    in_float32,
+    linear_at,
+    probe_logits,
+    rounding_tolerance,
+)
 from dllmquant.transforms.hadamard import fit_hadamard
 from dllmquant.transforms.quarot import rotate_residual, rotate_values
 from dllmquant.transforms.smoothquant import smooth_scales
@@ -144,9 +151,12 @@ def _checked_function(
     else:
         ids, keep = states.batch.ids[:_PROBE_STATES], states.batch.attention_mask[:_PROBE_STATES]
     ids, keep = ids.to(model.device), keep.to(model.device)
-    before = probe_logits(adapter.denoiser(model), ids, keep, mask_id)
+    blocks = adapter.block_list(model)
+    with in_float32(model, blocks):
+        before = probe_logits(adapter.denoiser(model), ids, keep, mask_id)
     yield
-    after = probe_logits(adapter.denoiser(model), ids, keep, mask_id)
+    with in_float32(model, blocks):
+        after = probe_logits(adapter.denoiser(model), ids, keep, mask_id)
     deviation = assert_same_function(
         before, after, keep, transform=", ".join(folded), tolerance=rounding_tolerance(model)
     )
@@ -169,8 +179,8 @@ class _Walk:
         self.token_weights: list[Tensor] = []
         self.errors: dict[tuple[str, int | None], dict[int, float]] = {}
         self.sizes: dict[tuple[str, int | None], int] = {}
-        allocation = None if self.recipe.activations is None else self.recipe.activations.allocation
-        self.allocation = allocation
+        self.allocation = None if self.recipe.activations is None else self.recipe.activations.allocation
+        self.modules = set(self.plan.modules)
 
     def without_data(self) -> None:
         """Fits the transforms that need no data."""
@@ -203,7 +213,7 @@ class _Walk:
             weights = self.token_weights[index].to(device).split(size)
             for transform in recipe.transforms:
                 if isinstance(transform, SmoothQuant | AWQ):
-                    self._scale(block, calls, weights, transform)
+                    self._scale(block, f"{self.adapter.blocks}.{index}.", calls, weights, transform)
             for group in groups:
                 settings = self.plan.input_transforms.get(group[0])
                 if settings is not None:
@@ -214,26 +224,49 @@ class _Walk:
             calls = [call.following(block) for call in calls]
 
     def _scale(
-        self, block: nn.Module, calls: Sequence[BlockCall], weights: Sequence[Tensor], transform: SmoothQuant | AWQ
+        self,
+        block: nn.Module,
+        prefix: str,
+        calls: Sequence[BlockCall],
+        weights: Sequence[Tensor],
+        transform: SmoothQuant | AWQ,
     ) -> None:
         """Moves channel scales between producers and consumers of one block."""
         for producer, consumers in _scale_pairs(block, self.adapter, transform):
             linears = [linear_at(block, consumer) for consumer in consumers]
+            rounded = [consumer for consumer in consumers if prefix + consumer in self.modules]
+            if not rounded:  # all of them stay in 16 bits
+                continue
             statistics = input_statistics(block, linears[0], calls, weights)
             if isinstance(transform, SmoothQuant):
                 scales = smooth_scales(statistics.absmax, [linear.weight for linear in linears], transform.alpha)
             else:
-                some = max(1, _SEARCH_STATES // max(1, calls[0].hidden.shape[0]))
-                evaluate = block_objective(
-                    block,
-                    consumers,
-                    functools.partial(_outputs, block, calls[:some]),
-                    weights[:some],
-                    self.plan.grid,
-                    self.plan.activation,
+                evaluate = self._awq_objective(block, rounded, calls, weights, transform)
+                own = [linear.weight.detach() for linear in linears]
+                mean = mean_magnitude(own, self.plan.grid) if transform.duo_scaling else None
+                found = search_scales(
+                    statistics.mean_abs, evaluate, grid_points=transform.grid_points, weight_mean=mean
                 )
-                scales = search_scales(statistics.mean_abs, evaluate, grid_points=transform.grid_points).scales
+                scales = found.scales
             apply_scales(block, producer, consumers, scales)
+
+    def _awq_objective(
+        self,
+        block: nn.Module,
+        consumers: Sequence[str],
+        calls: Sequence[BlockCall],
+        weights: Sequence[Tensor],
+        transform: AWQ,
+    ) -> Objective:
+        """Returns what AWQ's scale search minimises."""
+        grid, activation = self.plan.grid, self.plan.activation
+        if transform.objective == "layer":
+            linears = [linear_at(block, consumer) for consumer in consumers]
+            x, token_weights = sample_tokens(block, linears[0], calls, weights, _SAMPLES, self.recipe.seed)
+            return linear_objective([linear.weight.detach() for linear in linears], x, token_weights, grid, activation)
+        some = max(1, _SEARCH_STATES // calls[0].hidden.shape[0])
+        run = functools.partial(_outputs, block, calls[:some])
+        return block_objective(block, consumers, run, weights[:some], grid, activation)
 
     def _fit(
         self,
@@ -248,7 +281,7 @@ class _Walk:
         if isinstance(settings, Hadamard):
             fitted = fit_hadamard(linears[0].in_features, block_size=settings.block_size, seed=self.recipe.seed)
         elif isinstance(settings, DuQuant):
-            samples = sample_tokens(block, linears[0], calls, weights, _SAMPLES, self.recipe.seed)
+            samples, _ = sample_tokens(block, linears[0], calls, weights, _SAMPLES, self.recipe.seed)
             fitted = fit_duquant(samples, block_size=settings.block_size, steps=settings.steps, seed=self.recipe.seed)
         else:
             assert isinstance(settings, WUSH)
@@ -423,15 +456,18 @@ def input_statistics(
 
 def sample_tokens(
     block: nn.Module, linear: nn.Module, calls: Sequence[BlockCall], weights: Sequence[Tensor], count: int, seed: int
-) -> Tensor:
-    """Draws `count` inputs of a layer, float32 [count, in], among the tokens of positive weight."""
+) -> tuple[Tensor, Tensor]:
+    """Draws inputs of a layer among the tokens of positive weight: float32 [count, in], and their weights [count]."""
     generator = torch.Generator().manual_seed(seed)
     per_call = -(-count // len(calls))
-    rows = []
+    rows, drawn = [], []
     for call, token_weights in zip(calls, weights, strict=True):
-        x = input_of(block, linear, call)[token_weights > 0]
-        rows.append(x[torch.randperm(len(x), generator=generator)[:per_call].to(x.device)])
-    return torch.cat(rows)[:count].float()
+        used = token_weights > 0
+        x, w = input_of(block, linear, call)[used], token_weights[used]
+        chosen = torch.randperm(len(x), generator=generator)[:per_call].to(x.device)
+        rows.append(x[chosen])
+        drawn.append(w[chosen])
+    return torch.cat(rows)[:count].float(), torch.cat(drawn)[:count]
 
 
 def _scale_pairs(

@@ -235,10 +235,15 @@ class AWQ(Section):
     Attributes:
         kind: "awq".
         grid_points: Values of beta tried.
+        objective: Whether the error is that of the "block"'s output or, which is quicker, that of the outputs of the
+            layers ("layer") that read the scaled input.
+        duo_scaling: Whether the weights' magnitudes enter the scales too, as in AutoAWQ.
     """
 
     kind: Literal["awq"]
     grid_points: int = Field(default=20, ge=2)
+    objective: Literal["block", "layer"] = "block"
+    duo_scaling: bool = False
 
 
 class QuaRot(Section):

@@ -748,10 +748,14 @@ def test_demo_runs_the_demonstration(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return SimpleNamespace(text="the table")
 
     monkeypatch.setattr(demo_module, "run_demo", run_demo)
+    monkeypatch.setattr(demo_module, "stressed", lambda directory: directory)
     result = run("demo", "--output", tmp_path / "out", "--limit", 7, "--seed", 2)
     assert (result.exit_code, result.stdout, result.stderr) == (0, "the table\n", "half way\n")
     ((output, options),) = calls
     assert (output, options["limit"], options["seed"], options["progress"]) == (tmp_path / "out", 7, 2, False)
+    assert options["model"] == tmp_path / "out" / "llada-tiny-outliers"
+    succeeds("demo", "--output", tmp_path / "out", "--natural")
+    assert calls.pop()[1]["model"] is None
     (tmp_path / "file").write_text("x")
     assert "file is a file" in fails("demo", "--output", tmp_path / "file")
     assert len(calls) == 1

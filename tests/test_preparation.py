@@ -70,6 +70,7 @@ def attention_by_hand(model, states, index):
     [
         [{"kind": "smoothquant"}],
         [{"kind": "awq", "grid_points": 3}],
+        [{"kind": "awq", "grid_points": 3, "objective": "layer", "duo_scaling": True}],
         [{"kind": "quarot"}],
         [{"kind": "quarot", "values": False}, {"kind": "smoothquant", "alpha": 0.8}],
     ],

@@ -242,7 +242,7 @@ def _load_dataset(name: str, split: str) -> Any:
 
     directory = Path(name).expanduser().is_dir()
     match = _HUB_ID.fullmatch(name)
-    if not directory and match is None:
+    if (not directory and match is None) or Path(name).expanduser().is_file():
         raise ValueError(
             f"prompts: {name!r} is neither a file ending in {', '.join(_READERS)}, nor a directory, nor the name of a "
             "data set (owner/name or owner/name:config)"

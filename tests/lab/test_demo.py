@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from dllmquant.lab import demo
-from dllmquant.lab.demo import DemoResult, run_demo
+from dllmquant.lab.demo import DemoResult, run_demo, stressed
 from dllmquant.lab.evaluate import Evaluation, ItemResult, compare, evaluate
 from dllmquant.lab.statistics import paired_difference
 from dllmquant.nn.linear import QuantLinear
@@ -34,7 +34,7 @@ def result(source: Path, lines: list[str], tmp_path_factory: pytest.TempPathFact
 
 
 def test_table(result: DemoResult) -> None:
-    names = ["32-bit", "rtn-w4a4", "gptq-w4a4", "dllmquant-w4a4"]
+    names = ["32-bit", "rtn-w4a4", "gptq-w4a4", "dllmquant-w4a4", "dllmquant-quarot-w4a4"]
     assert [row.name for row in result.rows] == names
     baseline = result.evaluations["32-bit"]
     for row in result.rows:
@@ -124,8 +124,8 @@ def test_progress_is_reported(result: DemoResult, lines: list[str]) -> None:
 
 def test_denoising_side_by_side(result: DemoResult) -> None:
     shown = json.loads(result.files[1].read_text(encoding="utf-8"))["denoising"]
-    first, last = result.evaluations["32-bit"], result.evaluations["dllmquant-w4a4"]
-    for name, run in (("32-bit", first), ("dllmquant-w4a4", last)):
+    first, last = result.evaluations["32-bit"], result.evaluations["dllmquant-quarot-w4a4"]
+    for name, run in (("32-bit", first), ("dllmquant-quarot-w4a4", last)):
         states = shown[name]
         assert states[0] == [0, 8 * demo.MASK]
         assert [text.count(demo.MASK) for _, text in states] == [8 - step for step, _ in states]
@@ -235,3 +235,13 @@ def test_input_that_cannot_be_used(source: Path, tmp_path: Path, arguments, mess
     with pytest.raises(ValueError, match=message):
         run_demo(tmp_path / "out", model=source, **arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_stressed_computes_the_same_from_other_weights(tmp_path: Path) -> None:
+    directory = stressed(tmp_path / "hard", save_tiny(tmp_path / "easy"))
+    easy, hard = AutoModel.from_pretrained(tmp_path / "easy"), AutoModel.from_pretrained(directory)
+    ids = torch.arange(3, 23).view(2, 10)
+    assert torch.equal(easy(ids).logits, hard(ids).logits)
+    changed = [n for n, p in easy.named_parameters() if not torch.equal(p, hard.get_parameter(n))]
+    assert any(name.endswith("attn_norm.weight") for name in changed)
+    assert AutoTokenizer.from_pretrained(directory).eos_token_id == 0
