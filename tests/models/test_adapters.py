@@ -304,7 +304,7 @@ def test_unknown_families_are_errors_that_name_the_known_ones(model: nn.Module) 
         ({"linear_groups": (("",),)}, r"linear_groups: "),
         ({"scale_pairs": (("norm", ("up",)),)}, "scale_pairs: no module 'norm'"),
         ({"scale_pairs": (("mix", ("upp",)),)}, "scale_pairs: no module 'upp'"),
-        ({"residual_outputs": ("mix", "down")}, "residual_outputs: no module 'down'"),
+        ({"residual_outputs": ("mix", "dwn")}, "residual_outputs: no module 'dwn'"),
         ({"value_output": ("mix", "out")}, "value_output: no module 'out'"),
         ({"final_norm": "norm"}, "final_norm: no module 'norm'"),
         ({"heads": ("n_heads", "n_heads")}, "heads: config has no integer 'n_heads'"),
