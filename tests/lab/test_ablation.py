@@ -16,15 +16,12 @@ from transformers import AutoModel, AutoTokenizer
 
 import dllmquant
 from dllmquant import DLLMQuantizer, Recipe
-from dllmquant.lab import ablation as module
 from dllmquant.lab.ablation import (
-    ALL_MODELS,
     REFERENCE,
     Ablation,
     AblationError,
     AblationPlan,
     AblationResult,
-    PlannedRun,
     RunResult,
     find_result,
     plan_ablation,
@@ -32,6 +29,11 @@ from dllmquant.lab.ablation import (
     run_ablation,
     summarize,
 )
+from dllmquant.lab.ablation import plan as plan_module
+from dllmquant.lab.ablation import report as report_module
+from dllmquant.lab.ablation import run as run_module
+from dllmquant.lab.ablation.plan import PlannedRun
+from dllmquant.lab.ablation.summary import ALL_MODELS
 from dllmquant.lab.evaluate import ItemResult, evaluate
 from dllmquant.lab.statistics import paired_difference, paired_difference_clustered, recovered_share
 from dllmquant.models import adapter_for
@@ -287,7 +289,7 @@ def test_model_and_library_are_in_the_key(base: Path, tmp_path: Path, monkeypatc
     assert key(small(base, models=[str(tmp_path / "tiny")])) != first
     assert key(small(base, models=[stressed])) != first
     assert key(small(base, models=[stressed | {"stress": {"channels": 2}}])) != key(small(base, models=[stressed]))
-    monkeypatch.setattr(module, "__version__", "99")
+    monkeypatch.setattr(plan_module, "__version__", "99")
     assert key(small(base)) != first
 
 
@@ -432,7 +434,7 @@ def test_unfinished_results_are_summarized(plan: AblationPlan, found: dict[str, 
         assert (row.numbers is None) == (row.cell == REFERENCE)
         if row.numbers is not None:
             assert (row.numbers.difference, row.numbers.same_text, row.numbers.recovered) == (None, None, None)
-    text = module._document(plan, summarize(plan, without))
+    text = report_module._document(plan, summarize(plan, without))
     assert "| tiny | 16-bit | - | 0 of 1 | not run |" in text
 
 
@@ -511,20 +513,20 @@ def test_cells_share_recorded_trajectories(result: AblationResult, output: Path)
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the picture out: drawing takes longer than these runs."""
-    monkeypatch.setattr(module, "_draw", lambda plan, summary, path: path)
+    monkeypatch.setattr(report_module, "draw", lambda plan, summary, path: path)
 
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Titles of the runs that are measured."""
     titles = []
-    measure = module._measure
+    measure = run_module._measure
 
     def watched(run: PlannedRun, *args: Any, **options: Any) -> RunResult:
         titles.append(run.title)
         return measure(run, *args, **options)
 
-    monkeypatch.setattr(module, "_measure", watched)
+    monkeypatch.setattr(run_module, "_measure", watched)
     return titles
 
 
@@ -645,7 +647,7 @@ def test_a_small_model_is_loaded_once_and_a_large_one_never_held_twice(
     kept = run_ablation(small(base), tmp_path / "kept")
     assert loads == [0]
     del loads[:]
-    monkeypatch.setattr(module, "_COPY_BYTES", 0)
+    monkeypatch.setattr(run_module, "_COPY_BYTES", 0)
     result = run_ablation(small(base), tmp_path / "loaded")
     assert loads == [0, 0, 0]  # the reference, 16-bit, rtn
     for a, b in zip(kept.summary.rows, result.summary.rows, strict=True):
@@ -658,13 +660,13 @@ def test_a_small_model_is_loaded_once_and_a_large_one_never_held_twice(
 def test_the_peak_memory_is_the_runs_own() -> None:
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("Linux only")
-    module._reset_peak_memory()
-    before = module._peak_memory("cpu")
+    run_module._reset_peak_memory()
+    before = run_module._peak_memory("cpu")
     block = torch.ones(2**26)
-    high = module._peak_memory("cpu")
+    high = run_module._peak_memory("cpu")
     del block
-    module._reset_peak_memory()
-    after = module._peak_memory("cpu")
+    run_module._reset_peak_memory()
+    after = run_module._peak_memory("cpu")
     assert before is not None
     assert high is not None
     assert after is not None
