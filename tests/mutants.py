@@ -621,4 +621,7 @@ MUTANTS = [
     Mutant("wush-first-weight-only", "transforms/wush", "for weight in weights])", "for weight in weights[:1]])"),
     Mutant("wush-damping-absolute", "transforms/wush", "(damping * mean + empty)", "(damping + empty)"),
     Mutant("wush-empty-blocks", "transforms/wush", "(damping * mean + empty)", "(damping * mean)"),
+    Mutant("frontier-forgotten", "core/frontier", "+ frontier * committed.float()", ""),
+    Mutant("reliability-of-all-tokens", "core/frontier", "masked.float() * confidence", "confidence"),
+    Mutant("context-forgotten", "core/frontier", "return context + ", "return "),
 ]
