@@ -27,7 +27,16 @@ from dllmquant.nn.sdpa import capture_attention
 from dllmquant.nn.transform import InputTransform
 from dllmquant.plan import Plan
 from dllmquant.recipe import Recipe
-from dllmquant.settings import AWQ, WUSH, DuQuant, Hadamard, InputTransformSettings, QuaRot, SmoothQuant
+from dllmquant.settings import (
+    AWQ,
+    WUSH,
+    DuQuant,
+    FoldedTransforms,
+    Hadamard,
+    InputTransformSettings,
+    QuaRot,
+    SmoothQuant,
+)
 from dllmquant.transforms.awq import Objective, block_objective, linear_objective, mean_magnitude, search_scales
 from dllmquant.transforms.duquant import fit_duquant
 from dllmquant.transforms.fold import (
@@ -139,7 +148,7 @@ def _checked_function(
     model: PreTrainedModel, adapter: ModelAdapter, recipe: Recipe, states: CalibrationStates | None
 ) -> Iterator[None]:
     """Checks that the transforms folded inside the context leave the logits as they were."""
-    folded = [t.kind for t in recipe.transforms if isinstance(t, QuaRot | SmoothQuant | AWQ)]
+    folded = [t.kind for t in recipe.transforms if isinstance(t, FoldedTransforms)]
     if not folded:
         yield
         return

@@ -1,13 +1,17 @@
 """`DLLMQuantizer`: a recipe applied to a model, in the shape Optimum gives quantizers."""
 
 import logging
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from optimum.quantization_base import OptimumQuantizer
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dllmquant._version import __version__
@@ -32,6 +36,7 @@ from dllmquant.pipeline import LayerReport, quantize_blocks
 from dllmquant.plan import Plan, make_plan
 from dllmquant.preparation import Preparation, SiteBits, block_token_weights, prepare
 from dllmquant.recipe import Recipe
+from dllmquant.settings import FoldedTransforms
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +103,8 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
     ) -> PreTrainedModel:
         """Quantizes a model **in place** and returns it: no second copy is made.
 
-        If anything fails before the first block is solved, the model is left as it was, but for transforms that were
-        folded into its weights by then: these change the weights, not what the model computes.
+        If anything fails before the first block is solved, the model is left as it was. Transforms that are folded into
+        the weights would break that promise, so recipes that have them write the weights to a temporary file first.
 
         Args:
             model: The 16- or 32-bit model, or the path or hub id of one; None uses the one of `from_pretrained`.
@@ -138,7 +143,8 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         was_training = target.training
         target.eval()
         try:
-            job.run(states)
+            with _left_untouched_on_failure(target, recipe):
+                job.run(states)
         finally:
             target.train(was_training)
         self.reports, self.states, self.allocation = job.reports, job.states, job.allocation
@@ -239,6 +245,28 @@ class _Job:
             batch_size=1 if calibration is None else calibration.batch_size,
             progress=self.progress,
         )
+
+
+@contextmanager
+def _left_untouched_on_failure(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
+    """Gives the parameters their values back if the context fails while no layer is packed.
+
+    They wait on disk, not in memory, because a transform such as QuaRot touches all of them.
+    """
+    if not any(isinstance(transform, FoldedTransforms) for transform in recipe.transforms):
+        yield
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "parameters.safetensors"
+        save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, file)
+        try:
+            yield
+        except BaseException:
+            if not any(isinstance(module, QuantLinear) for module in model.modules()):
+                with safe_open(file, framework="pt") as saved, torch.no_grad():
+                    for name, parameter in model.named_parameters():
+                        parameter.copy_(saved.get_tensor(name))
+            raise
 
 
 def _saved_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -308,5 +308,6 @@ class WUSH(Section):
     damping: float = Field(default=0.01, gt=0, le=1)
 
 
+FoldedTransforms = QuaRot | SmoothQuant | AWQ
 InputTransformSettings = Hadamard | DuQuant | WUSH
 Transform = Annotated[SmoothQuant | AWQ | QuaRot | Hadamard | DuQuant | WUSH, Field(discriminator="kind")]

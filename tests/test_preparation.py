@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dllmquant import DLLMQuantizer, Recipe, RecipeError
+from dllmquant import DLLMQuantizer, Recipe, RecipeError, pipeline
 from dllmquant.calibration import builtin_prompts, collect_states
 from dllmquant.core.allocate import allocate
 from dllmquant.models import adapter_for
@@ -219,3 +219,26 @@ def test_transforms_that_do_not_fit_are_found_before_any_work(transforms, messag
     model = tiny_llada()
     with pytest.raises(RecipeError, match=message):
         make_plan(model, adapter_for(model), Recipe.load(tiny_recipe(transforms=transforms)))
+
+
+@pytest.mark.parametrize("failing", ["measuring", "first block", "second block"])
+def test_a_failure_before_the_first_block_is_solved_undoes_folded_transforms(failing, monkeypatch):
+    model = tiny_llada()
+    before = copy.deepcopy(model.state_dict())
+    solver, calls = pipeline._SOLVERS["gptq"], []
+
+    def limited(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > {"measuring": 0, "first block": 3, "second block": 9}[failing]:
+            raise ValueError("no solution")
+        return solver(*args, **kwargs)
+
+    if failing == "measuring":
+        monkeypatch.setattr("dllmquant.preparation.fit_wush", limited)
+    monkeypatch.setitem(pipeline._SOLVERS, "gptq", limited)
+    recipe = tiny_recipe(transforms=[{"kind": "quarot"}, {"kind": "smoothquant"}, {"kind": "wush", "block_size": 16}])
+    with pytest.raises(ValueError, match="no solution"):
+        DLLMQuantizer(recipe).quantize(model, tokenizer=tiny_tokenizer(), progress=False)
+    after = model.state_dict()
+    unchanged = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert unchanged == (failing != "second block")
