@@ -91,7 +91,9 @@ MUTANTS = [
     Mutant("activation-in-bfloat16", "nn/activation", "else x.float()", "else x"),
     Mutant("input-not-quantized", "nn/linear", "x = quantize_activation", "quantize_activation"),
     Mutant("bias-forgotten", "nn/linear", "dequantize(x.dtype), self.bias)", "dequantize(x.dtype))"),
-    Mutant("scale-cast-with-the-model", "nn/linear", ".dtype != buffer.dtype", ".dtype == buffer.dtype"),
+    Mutant(
+        "scale-cast-with-the-model", "nn/linear", "class QuantLinear(FixedDtypeModule)", "class QuantLinear(nn.Module)"
+    ),
     Mutant("zero-points-not-counted", "nn/linear", "self.weight_scale.nbytes + zero", "self.weight_scale.nbytes"),
     Mutant("scale-shared", "nn/linear", "weight.scale.clone()", "weight.scale"),
     Mutant(
@@ -387,7 +389,12 @@ MUTANTS = [
         "part.repeat_interleave(heads // known, 0)",
         "part.repeat(heads // known, 1)",
     ),
-    Mutant("attention-scales-cast", "nn/attention", ".dtype != buffer.dtype", ".dtype == buffer.dtype"),
+    Mutant(
+        "attention-scales-cast",
+        "nn/attention",
+        "class AttentionQuantizer(FixedDtypeModule)",
+        "class AttentionQuantizer(nn.Module)",
+    ),
     Mutant(
         "copies-keep-their-forward",
         "nn/attention",
@@ -551,9 +558,7 @@ MUTANTS = [
         "self.get_buffer(_name(index)).to(x.device))",
         "self.get_buffer(_name(index)).argsort().to(x.device))",
     ),
-    Mutant(
-        "transform-cast-with-the-model", "nn/transform", "moved.dtype != buffer.dtype", "moved.dtype == buffer.dtype"
-    ),
+    Mutant("cast-with-the-model", "nn/buffers", "moved.dtype != buffer.dtype", "moved.dtype == buffer.dtype"),
     Mutant("transform-signs-ignored", "nn/transform", "if seed is not None else 1.0", "if seed is None else 1.0"),
     Mutant("transform-hadamard-not-normalized", "nn/transform", "size**-0.5", "size**0.5"),
     Mutant(
@@ -624,4 +629,11 @@ MUTANTS = [
     Mutant("frontier-forgotten", "core/frontier", "+ frontier * committed.float()", ""),
     Mutant("reliability-of-all-tokens", "core/frontier", "masked.float() * confidence", "confidence"),
     Mutant("context-forgotten", "core/frontier", "return context + ", "return "),
+    Mutant("cast-kept-but-not-moved", "nn/buffers", "buffer.to(moved.device)", "buffer"),
+    Mutant(
+        "transform-cast-with-the-model",
+        "nn/transform",
+        "class InputTransform(FixedDtypeModule)",
+        "class InputTransform(torch.nn.Module)",
+    ),
 ]

@@ -9,7 +9,7 @@ keys keep probability exactly 0; the softmax runs in float32 (float64 for float6
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from dllmquant.core.hadamard import hadamard_matrix
 from dllmquant.core.iaaq import ValueScales
 from dllmquant.core.softmax_search import SoftmaxScales
 from dllmquant.nn.activation import ActivationScheme, quantize_activation
+from dllmquant.nn.buffers import FixedDtypeModule
 from dllmquant.nn.sdpa import AttentionInputs, Interception
 
 ValueGranularity = Literal["token", "head", "channel"]
@@ -67,7 +68,7 @@ class AttentionScheme:
         return self.value_bits is not None and self.value_granularity != "token"
 
 
-class AttentionQuantizer(nn.Module):
+class AttentionQuantizer(FixedDtypeModule):
     """Computes attention quantized by a scheme.
 
     Casting the module never changes the dtype of its buffers.
@@ -189,15 +190,6 @@ class AttentionQuantizer(nn.Module):
             part.repeat_interleave(heads // known, 0)[:, None] for part in (self.value_scale, self.value_zero)
         )
         return quantize_values(value, scale, zero, bits)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in before.items():
-            moved = self._buffers[name]
-            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
 
     def extra_repr(self) -> str:
         """Describes the quantizer in one line."""

@@ -1,7 +1,7 @@
 """The packed linear layer."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from dllmquant.core.grid import Grid, QuantizedWeight
 from dllmquant.nn.activation import ActivationScheme, quantize_activation
+from dllmquant.nn.buffers import FixedDtypeModule
 from dllmquant.nn.packing import mixed_width, pack_mixed, unpack_mixed
 from dllmquant.nn.transform import InputTransform, TransformStep
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(FixedDtypeModule):
     """A linear layer whose weight is stored as packed codes: y = x̂ Ŵᵀ + b with Ŵ = (codes − zero)·scale.
 
     x̂ is the input after its transform, if there is one, and its quantization, if there is one.
@@ -165,15 +166,6 @@ class QuantLinear(nn.Module):
         if self.activation is not None:
             x = quantize_activation(x, self.activation)
         return F.linear(x, self.quantized_weight().dequantize(x.dtype), self.bias)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in before.items():
-            moved = self._buffers[name]
-            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
 
     def extra_repr(self) -> str:
         """Describes the layer in one line."""

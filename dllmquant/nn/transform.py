@@ -14,15 +14,16 @@ swamp their smallest singular values, and with these the moments they were fitte
 per input channel and step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dllmquant.core.hadamard import hadamard_factors, random_signs
+from dllmquant.nn.buffers import FixedDtypeModule
 
 Kind = Literal["block", "permute", "hadamard"]
 
@@ -69,7 +70,7 @@ class TransformStep:
         return size
 
 
-class InputTransform(nn.Module):
+class InputTransform(FixedDtypeModule):
     """The map x → x T.
 
     Attributes:
@@ -206,15 +207,6 @@ class InputTransform(nn.Module):
                     blocks = _inverse_transpose(_name(index), blocks)
                 x = torch.einsum("...gi,gij->...gj", x.unflatten(-1, blocks.shape[:2]), blocks).flatten(-2)
         return x
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in before.items():
-            moved = self._buffers[name]
-            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
 
     def extra_repr(self) -> str:
         """Describes the transform in one line."""
