@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dllmquant.capture import BlockCall
-from dllmquant.core.attention import PROBS_GRIDS, quantize_probabilities
+from dllmquant.core.attention import PROBS_GRIDS, ProbsGrid, quantize_probabilities
 from dllmquant.core.iaaq import ALPHAS, ValueRange, ValueScales, ValueScaleSearch
-from dllmquant.core.softmax_search import SoftmaxScales, SoftmaxSearch
+from dllmquant.core.softmax_search import PROBS_RANGES, ProbsRange, SoftmaxScales, SoftmaxSearch, row_ends
 from dllmquant.models import ModelAdapter
 from dllmquant.nn.attention import AttentionQuantizer, AttentionScheme, install
 from dllmquant.nn.sdpa import AttentionChunk, AttentionInputs, capture_attention
@@ -50,11 +50,18 @@ def fit_attention(
     device = next(block.parameters()).device
     rows = _Rows(block, calls, weights, kv_heads)
     softmax = None
+    grids: tuple[ProbsGrid, ...] = PROBS_GRIDS if settings.probs_grid == "search" else (settings.probs_grid,)
+    ranges: tuple[ProbsRange, ...] = PROBS_RANGES if settings.probs_range == "search" else (settings.probs_range,)
     if settings.search and settings.probs_bits is not None:
-        softmax = _search_softmax(rows, settings, heads, device)
+        search = SoftmaxSearch(heads, settings.probs_bits, device=device)
+        for chunk, _, query_weights in rows.chunks():
+            search.add(chunk.probabilities, chunk.values, chunk.head, query_weights)
+        found = [search.result(grid, range_) for grid in grids for range_ in ranges]
+        softmax = min(found, key=lambda kind: float(kind.error.sum()))
     scheme = AttentionScheme(
         settings.probs_bits,
-        softmax.grid if softmax is not None else "log2" if settings.probs_grid == "log2" else "uniform",
+        grids[0] if softmax is None else softmax.grid,
+        ranges[0] if softmax is None else softmax.range,
         settings.value_bits,
         settings.value_granularity if settings.value_bits is not None else "token",
         settings.query_key_bits,
@@ -69,9 +76,9 @@ def fit_attention(
     quantizer = AttentionQuantizer(scheme, heads, kv_heads, channels, device)
     quantizer.calibrate(values=values, softmax=softmax)
     install(block, quantizer)
-    for what, found in (("value scales", values), ("softmax grid", softmax)):
-        if found is not None:
-            error, full = float(found.error.sum()), float(found.full_range_error.sum())
+    for what, result in (("value scales", values), ("softmax grid", softmax)):
+        if result is not None:
+            error, full = float(result.error.sum()), float(result.full_range_error.sum())
             logger.info("%s: attention output error %.3g, %.3g with the full range", what, error, full)
 
 
@@ -97,17 +104,6 @@ class _Rows:
                 yield chunk, chunk.value_head // repeats, token_weights[chunk.batch]
 
 
-def _search_softmax(rows: _Rows, settings: AttentionSettings, heads: int, device: torch.device) -> SoftmaxScales:
-    """Searches the upper ends of the softmax grid, and its kind if asked for."""
-    assert settings.probs_bits is not None
-    search = SoftmaxSearch(heads, settings.probs_bits, device=device)
-    for chunk, _, query_weights in rows.chunks():
-        search.add(chunk.probabilities, chunk.values, chunk.head, query_weights)
-    if settings.probs_grid != "search":
-        return search.result(settings.probs_grid)
-    return min((search.result(grid) for grid in PROBS_GRIDS), key=lambda found: float(found.error.sum()))
-
-
 def _search_values(
     rows: _Rows, scheme: AttentionScheme, softmax: SoftmaxScales | None, alphas: Sequence[float], ranges: ValueRange
 ) -> ValueScales:
@@ -125,5 +121,10 @@ def _rounded(chunk: AttentionChunk, scheme: AttentionScheme, softmax: SoftmaxSca
     """Returns the probabilities of a chunk as the block will have them."""
     if scheme.probs_bits is None:
         return chunk.probabilities
-    upper = torch.ones(1, device=chunk.probabilities.device) if softmax is None else softmax.upper[chunk.head]
-    return quantize_probabilities(chunk.probabilities, upper.reshape(-1, 1, 1), scheme.probs_bits, scheme.probs_grid)
+    if scheme.probs_range == "row":
+        upper = row_ends(chunk.probabilities)
+    elif softmax is None:
+        upper = torch.ones(1, 1, 1, device=chunk.probabilities.device)
+    else:
+        upper = softmax.upper[chunk.head][:, None, None]
+    return quantize_probabilities(chunk.probabilities, upper, scheme.probs_bits, scheme.probs_grid)

@@ -73,6 +73,28 @@ def input_of(block: nn.Module, linear: nn.Module, call: BlockCall) -> Tensor:
     raise ValueError("a block ran without calling a layer its adapter lists; is the execution order right?")
 
 
+def output_of(block: nn.Module, module: nn.Module, call: BlockCall) -> Tensor:
+    """Runs a block as far as one of its modules and returns the module's output [..., out].
+
+    Raises:
+        ValueError: The block ran to its end without calling the module.
+    """
+    seen: list[Tensor] = []
+
+    def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append(output)
+        raise StopForward
+
+    handle = module.register_forward_hook(hook)
+    try:
+        call.run(block)
+    except StopForward:
+        return seen[0]
+    finally:
+        handle.remove()
+    raise ValueError("a block ran without calling a layer its adapter lists; is the execution order right?")
+
+
 def first_calls(
     model: nn.Module,
     first_block: nn.Module,

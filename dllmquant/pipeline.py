@@ -262,7 +262,9 @@ def _solve(
         block_size=settings.block_size,
         clip=clip,
     )
-    result: GPTQResult = solver(statistics.hessian, *([] if statistics.cross is None else [statistics.cross]))
+    result: GPTQResult = solver(
+        statistics.hessian, *([] if statistics.cross is None else [settings.correction * statistics.cross])
+    )
     return result.weight, result
 
 

@@ -94,8 +94,10 @@ def _check_adapter(adapter: ModelAdapter, recipe: Recipe) -> None:
     """Checks that the adapter names what the recipe's transforms and attention settings touch."""
     needs: dict[str, list[str]] = {}
     for transform in recipe.transforms:
-        if transform.kind in ("smoothquant", "awq"):
-            needs[f"transform {transform.kind!r}"] = ["scale_pairs"]
+        if transform.kind == "smoothquant":
+            needs["transform 'smoothquant'"] = ["scale_pairs"]
+        elif transform.kind == "awq":
+            needs["transform 'awq'"] = ["scale_pairs"] + ["residual_outputs"] * (transform.objective == "sub_block")
         elif transform.kind == "quarot":
             residual = ["scale_pairs", "residual_outputs", "final_norm"] if transform.residual else []
             needs["transform 'quarot'"] = residual + (["value_output", "heads"] if transform.values else [])

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from dllmquant.calibration import CalibrationStates
-from dllmquant.capture import BlockCall, first_calls, input_of
+from dllmquant.capture import BlockCall, first_calls, input_of, output_of
 from dllmquant.core.allocate import allocate
 from dllmquant.core.iaaq import SiteErrors
 from dllmquant.core.stats import HessianAccumulator, InputStatistics
@@ -37,7 +37,7 @@ from dllmquant.settings import (
     QuaRot,
     SmoothQuant,
 )
-from dllmquant.transforms.awq import Objective, block_objective, linear_objective, mean_magnitude, search_scales
+from dllmquant.transforms.awq import Objective, linear_objective, mean_magnitude, search_scales, sub_block_objective
 from dllmquant.transforms.duquant import fit_duquant
 from dllmquant.transforms.fold import (
     apply_scales,
@@ -274,8 +274,9 @@ class _Walk:
             x, token_weights = sample_tokens(block, linears[0], calls, weights, _SAMPLES, self.recipe.seed)
             return linear_objective([linear.weight.detach() for linear in linears], x, token_weights, grid, activation)
         some = max(1, _SEARCH_STATES // calls[0].hidden.shape[0])
-        run = functools.partial(_outputs, block, calls[:some])
-        return block_objective(block, consumers, run, weights[:some], grid, activation)
+        end = block.get_submodule(_sub_block_end(self.adapter, consumers))
+        run = functools.partial(_outputs, block, end, calls[:some])
+        return sub_block_objective(block, consumers, run, weights[:some], grid, activation)
 
     def _fit(
         self,
@@ -448,8 +449,15 @@ def attention_received(block: nn.Module, call: BlockCall, weights: Tensor) -> Te
     return capture_attention(block, lambda: call.run(block)).interaction(weights).float()
 
 
-def _outputs(block: nn.Module, calls: Sequence[BlockCall]) -> Iterator[Tensor]:
-    return (call.run(block) for call in calls)
+def _outputs(block: nn.Module, end: nn.Module, calls: Sequence[BlockCall]) -> Iterator[Tensor]:
+    return (output_of(block, end, call) for call in calls)
+
+
+def _sub_block_end(adapter: ModelAdapter, consumers: Sequence[str]) -> str:
+    """Returns the layer that writes the output of the sub-block (attention or feed-forward) the consumers are in."""
+    order = [leaf for group in adapter.linear_groups for leaf in group]
+    later = order[order.index(consumers[0]) :]
+    return next(leaf for leaf in later if leaf in adapter.residual_outputs)
 
 
 def input_statistics(

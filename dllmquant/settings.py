@@ -46,6 +46,8 @@ class WeightSettings(Section):
         act_order: Not for RTN: solve columns in order of decreasing Hessian diagonal.
         damping: Not for RTN: added to the Hessian's diagonal, relative to its mean; escalated when that is too little.
         block_size: Not for RTN: columns per lazy update; changes speed, not results.
+        correction: For GPTAQ and Qronos: how much of what earlier layers did to the input is made up for, from 0 (then
+            both are GPTQ) to 1. GPTAQ's authors use 0.25.
         inputs: Not for RTN: whether the solver sees the layer's inputs before ("exact") or after ("quantized") they are
             quantized, which lets it compensate some of the activations' error too.
     """
@@ -59,6 +61,7 @@ class WeightSettings(Section):
     act_order: bool = False
     damping: float = Field(default=0.01, gt=0, le=1)
     block_size: int = Field(default=128, ge=1)
+    correction: float = Field(default=1.0, ge=0, le=1)
     inputs: Literal["exact", "quantized"] = "exact"
 
     @model_validator(mode="after")
@@ -69,6 +72,8 @@ class WeightSettings(Section):
             raise ValueError("clip: 'awq' goes with solver 'rtn'; valid for other solvers: 'none', 'mse'")
         if self.solver == "rtn" and self.act_order:
             raise ValueError("act_order: True has no meaning for solver 'rtn'; valid: False, or another solver")
+        if self.solver not in ("gptaq", "qronos") and self.correction != 1:
+            raise ValueError(f"correction: {self.correction:g} has no meaning for solver {self.solver!r}; valid: 1")
         if self.solver == "rtn" and self.inputs != "exact":
             raise ValueError("inputs: solver 'rtn' sees no inputs; valid: 'exact', or another solver")
         return self
@@ -123,17 +128,20 @@ class AttentionSettings(Section):
 
     Attributes:
         probs_bits: Bits of the softmax output; None keeps it.
-        probs_grid: "uniform" from 0 to 1 or to the searched end, "log2" powers of two, "search" the better of both.
+        probs_grid: "uniform", "log2" (powers of two), "log_sqrt2" (powers of their root), or "search": the best.
+        probs_range: Where the grid ends: at 1 or the searched end ("fixed"), at the largest probability of every "row",
+            or "search": the better of both.
         value_bits: Bits of the values; None keeps them.
         value_granularity: What shares a value scale: a "token" of a head (dynamic), a "head" or a "channel" (static).
         query_key_bits: Bits of queries and keys, per token; None keeps them.
         rotate_query_key: Whether queries and keys are rotated after their position embedding (QuaRot's R3).
-        search: Whether the static value scales and the end of the uniform softmax grid minimise the error of the
-            attention output (IA-AQ); otherwise scales span the calibration states' range.
+        search: Whether the static value scales and the softmax grid minimise the error of the attention output (IA-AQ);
+            otherwise scales span the calibration states' range.
     """
 
     probs_bits: Literal[4, 8] | None = 4
-    probs_grid: Literal["uniform", "log2", "search"] = "uniform"
+    probs_grid: Literal["uniform", "log2", "log_sqrt2", "search"] = "uniform"
+    probs_range: Literal["fixed", "row", "search"] = "fixed"
     value_bits: Literal[4, 8] | None = 4
     value_granularity: Literal["token", "head", "channel"] = "token"
     query_key_bits: Literal[4, 8] | None = None
@@ -146,8 +154,9 @@ class AttentionSettings(Section):
             raise ValueError(
                 "probs_bits, value_bits, query_key_bits: all null; quantize something or set attention: null"
             )
-        if self.probs_grid == "search" and not self.search:
-            raise ValueError("probs_grid: 'search' needs search: true; valid without it: 'uniform', 'log2'")
+        for name, others in (("probs_grid", "'uniform', 'log2', 'log_sqrt2'"), ("probs_range", "'fixed', 'row'")):
+            if getattr(self, name) == "search" and not self.search:
+                raise ValueError(f"{name}: 'search' needs search: true; valid without it: {others}")
         return self
 
     @property
@@ -235,14 +244,14 @@ class AWQ(Section):
     Attributes:
         kind: "awq".
         grid_points: Values of beta tried.
-        objective: Whether the error is that of the "block"'s output or, which is quicker, that of the outputs of the
-            layers ("layer") that read the scaled input.
+        objective: Whether the error is that of the output of the "sub_block" (attention or feed-forward) or, which is
+            quicker, that of the outputs of the layers ("layer") that read the scaled input.
         duo_scaling: Whether the weights' magnitudes enter the scales too, as in AutoAWQ.
     """
 
     kind: Literal["awq"]
     grid_points: int = Field(default=20, ge=2)
-    objective: Literal["block", "layer"] = "block"
+    objective: Literal["sub_block", "layer"] = "sub_block"
     duo_scaling: bool = False
 
 

@@ -252,9 +252,18 @@ MUTANTS = [
         "torch.round(p / upper * (top + 1))",
     ),
     Mutant("softmax-not-clamped", "core/attention", ".clamp(max=top) * (upper / top)", " * (upper / top)"),
-    Mutant("log2-middle-of-logarithms", "core/attention", "ratio / 0.75", "ratio / 0.5**0.5"),
-    Mutant("log2-smallest-not-zeroed", "core/attention", "ratio <= 0.5 * 2.0 ** (1 - top)", "ratio < 0"),
-    Mutant("log2-without-upper-end", "core/attention", "return levels[code] * upper", "return levels[code]"),
+    Mutant(
+        "log2-middle-of-logarithms",
+        "core/attention",
+        "(levels[:-1] + levels[1:]) / 2",
+        "(levels[:-1] * levels[1:]).sqrt()",
+    ),
+    Mutant("log2-smallest-not-zeroed", "core/attention", "torch.tensor([0.0, *(", "torch.tensor([1e-9, *("),
+    Mutant("log2-without-upper-end", "core/attention", "right=True)] * upper", "right=True)]"),
+    Mutant("row-ends-ignored", "nn/attention", "upper = row_ends(probabilities)", "upper = torch.ones(1)"),
+    Mutant(
+        "row-search-takes-fixed", "core/softmax_search", "(*self.ends, row_ends(probabilities))", "(*self.ends, 1.0)"
+    ),
     Mutant(
         "value-range-shrunk-about-zero",
         "core/attention",

@@ -14,7 +14,9 @@ SCHEMES = {
     "dynamic": {},
     "log2": {"probs_grid": "log2"},
     "static head": {"value_granularity": "head"},
-    "searched": {"value_granularity": "channel", "search": True, "probs_grid": "search"},
+    "row": {"probs_grid": "log_sqrt2", "probs_range": "row"},
+    "searched": {"value_granularity": "channel", "search": True, "probs_grid": "search", "probs_range": "search"},
+    "searched ends": {"search": True, "probs_grid": "search"},
     "queries and keys": {"query_key_bits": 8, "rotate_query_key": True},
     "values only": {"probs_bits": None, "value_bits": 8},
 }
@@ -39,8 +41,8 @@ def test_checkpoints_bring_the_attention_back_bit_by_bit(attention, grouped, tmp
     model.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path)
     assert torch.equal(logits(model, quantizer.states), logits(again, quantizer.states))
-    for block in again.model.transformer["blocks"]:
-        assert installed(block).scheme == installed(model.model.transformer["blocks"][0]).scheme
+    for block, loaded in zip(model.model.transformer["blocks"], again.model.transformer["blocks"], strict=True):
+        assert installed(loaded).scheme == installed(block).scheme
 
 
 def test_attention_is_quantized_in_every_block_and_changes_the_logits():

@@ -69,7 +69,7 @@ def attention_by_hand(model, states, index):
     "transforms",
     [
         [{"kind": "smoothquant"}],
-        [{"kind": "awq", "grid_points": 3}],
+        [{"kind": "awq", "grid_points": 5}],
         [{"kind": "awq", "grid_points": 3, "objective": "layer", "duo_scaling": True}],
         [{"kind": "quarot"}],
         [{"kind": "quarot", "values": False}, {"kind": "smoothquant", "alpha": 0.8}],

@@ -4,6 +4,7 @@ Softmax probabilities lie on an unsigned grid that ends at s, values on an asymm
 
     uniform   Ã = code · s / (2**b − 1),   code = min(round(A / s · (2**b − 1)), 2**b − 1)
     log2      Ã = s · 2**−code,            code = 0 ... 2**b − 2;   code 2**b − 1 is zero
+    log_sqrt2 Ã = s · 2**(−code / 2),      likewise
     values    V̂ = (code − zero) · scale,   code = clamp(round(V / scale) + zero, 0, 2**b − 1)
 
 Everything is computed in float32, or float64 if given.
@@ -14,23 +15,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-ProbsGrid = Literal["uniform", "log2"]
-PROBS_GRIDS: tuple[ProbsGrid, ...] = ("uniform", "log2")
+ProbsGrid = Literal["uniform", "log2", "log_sqrt2"]
+PROBS_GRIDS: tuple[ProbsGrid, ...] = ("uniform", "log2", "log_sqrt2")
 
 
 def quantize_probabilities(probabilities: Tensor, upper: Tensor, bits: int, grid: ProbsGrid) -> Tensor:
     """Rounds probabilities to the nearest point of their grid; what exceeds its upper end becomes the upper end.
 
-    Nearest is meant in value also on the log2 grid, where rounding the logarithm instead would be farther off.
+    Nearest is meant in value also on the logarithmic grids, where rounding the logarithm would be farther off.
 
     Args:
         probabilities: A in [0, 1], float, any shape.
         upper: s > 0, broadcastable to it.
         bits: b.
-        grid: "uniform" or "log2".
+        grid: "uniform", "log2" or "log_sqrt2".
 
     Returns:
-        Ã, of the shape of A, float32 or wider. Exact zeros (masked keys) stay zero on both grids.
+        Ã, of the shape of A, float32 or wider. Exact zeros (masked keys) stay zero on every grid.
 
     Raises:
         ValueError: The grid is unknown.
@@ -42,12 +43,10 @@ def quantize_probabilities(probabilities: Tensor, upper: Tensor, bits: int, grid
     top = (1 << bits) - 1
     if grid == "uniform":
         return torch.round(p / upper * top).clamp(max=top) * (upper / top)
-    ratio = p / upper
-    # The middle of two levels 2**−k and 2**(−k−1) is 0.75 · 2**−k; frexp finds k without rounding a logarithm.
-    code = (1 - torch.frexp(ratio / 0.75).exponent).clamp(0, top - 1)
-    code = torch.where(ratio <= 0.5 * 2.0 ** (1 - top), top, code)
-    levels = torch.tensor([2.0**-k for k in range(top)] + [0.0], dtype=p.dtype, device=p.device)
-    return levels[code] * upper
+    octaves = 1.0 if grid == "log2" else 0.5  # per code
+    levels = torch.tensor([0.0, *(2.0 ** (-octaves * code) for code in reversed(range(top)))], dtype=torch.float64)
+    middles = ((levels[:-1] + levels[1:]) / 2).to(p)
+    return levels.to(p)[torch.bucketize(p / upper, middles, right=True)] * upper
 
 
 def value_grid(low: Tensor, high: Tensor, bits: int, alpha: float = 1.0) -> tuple[Tensor, Tensor]:

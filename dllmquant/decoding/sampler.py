@@ -191,7 +191,7 @@ def sample(
         eot_token_id: If given, deferred together with EOS by ``confidence_eos_eot_inf``.
         generator: Source of the seeds of the prompts' random streams; torch's global generator if not given.
         device: Where the denoiser expects its inputs; the CPU if not given.
-        batch_size: Prompts decoded together, at least 1.
+        batch_size: Prompts decoded together, at least 1. Prompts of like lengths go together unless ``record``.
         record: Whether to keep every state, for calibration. Confidences are then computed at prompt positions too.
         progress: Whether to show a progress bar that counts committed tokens.
 
@@ -221,16 +221,20 @@ def sample(
         record=record,
     )
     streams = _random_streams(len(rows), generator, device) if config.stochastic else [None] * len(rows)
+    order = list(range(len(rows)))
+    if not record:
+        order.sort(key=lambda index: rows[index].numel())  # prompts of like lengths need little padding
+    place = torch.tensor(order).argsort()
     with tqdm(total=len(rows) * config.gen_length, unit="token", disable=not progress) as bar:
         parts = [
-            engine.decode(rows[start : start + batch_size], streams[start : start + batch_size], bar.update)
-            for start in range(0, len(rows), batch_size)
+            engine.decode([rows[index] for index in batch], [streams[index] for index in batch], bar.update)
+            for batch in (order[start : start + batch_size] for start in range(0, len(rows), batch_size))
         ]
     recorded = [part.trajectory for part in parts if part.trajectory is not None]
     return Generation(
-        tokens=torch.cat([part.tokens for part in parts]),
+        tokens=torch.cat([part.tokens for part in parts])[place],
         forward_passes=sum(part.forward_passes for part in parts),
-        steps_used=torch.cat([part.steps_used for part in parts]),
+        steps_used=torch.cat([part.steps_used for part in parts])[place],
         trajectory=Trajectory.merge(recorded) if record else None,
     )
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dllmquant.core.attention import PROBS_GRIDS, ProbsGrid, quantize_probabilities, quantize_values
 from dllmquant.core.hadamard import hadamard_matrix
 from dllmquant.core.iaaq import ValueScales
-from dllmquant.core.softmax_search import SoftmaxScales
+from dllmquant.core.softmax_search import PROBS_RANGES, ProbsRange, SoftmaxScales, row_ends
 from dllmquant.nn.activation import ActivationScheme, quantize_activation
 from dllmquant.nn.buffers import FixedDtypeModule
 from dllmquant.nn.sdpa import AttentionInputs, Interception
@@ -31,7 +31,9 @@ class AttentionScheme:
 
     Attributes:
         probs_bits: Bits of the softmax probabilities, 2 to 8; None leaves them alone.
-        probs_grid: "uniform", or "log2" for powers of two.
+        probs_grid: "uniform", "log2" for powers of two, or "log_sqrt2" for powers of their root.
+        probs_range: Where the grid ends: at a "fixed" probability per head, searched by IA-AQ or 1, or at the largest
+            of every "row" (dynamic).
         value_bits: Bits of the values, 2 to 8; None leaves them alone.
         value_granularity: What shares a scale: "token" (dynamic, per token and head), or over all tokens "head" or
             "channel" (static, searched by IA-AQ).
@@ -45,6 +47,7 @@ class AttentionScheme:
 
     probs_bits: int | None = None
     probs_grid: ProbsGrid = "uniform"
+    probs_range: ProbsRange = "fixed"
     value_bits: int | None = None
     value_granularity: ValueGranularity = "token"
     query_key_bits: int | None = None
@@ -57,6 +60,8 @@ class AttentionScheme:
                 raise ValueError(f"{name}: {bits!r}; valid: 2 to 8, or None")
         if self.probs_grid not in PROBS_GRIDS:
             raise ValueError(f"probs_grid: {self.probs_grid!r} is unknown; valid: {', '.join(PROBS_GRIDS)}")
+        if self.probs_range not in PROBS_RANGES:
+            raise ValueError(f"probs_range: {self.probs_range!r} is unknown; valid: {', '.join(PROBS_RANGES)}")
         if self.value_granularity not in ("token", "head", "channel"):
             raise ValueError(f"value_granularity: {self.value_granularity!r}; valid: token, head, channel")
         if self.rotate_query_key and self.query_key_bits is None:
@@ -76,7 +81,8 @@ class AttentionQuantizer(FixedDtypeModule):
     Attributes:
         value_scale: float32 [value heads, 1 or channels], of static values; else None.
         value_zero: float32 of the same shape, integers; else None.
-        probs_scale: float32 [heads], the upper ends of the probabilities' grids; None if they are not quantized.
+        probs_scale: float32 [heads], the upper ends of the probabilities' grids; None if they are not quantized, or
+            end at the largest of every row.
     """
 
     def __init__(
@@ -105,7 +111,7 @@ class AttentionQuantizer(FixedDtypeModule):
         self.probs_scale: Tensor | None
         self.register_buffer("value_scale", torch.zeros(shape, device=device, dtype=torch.float32) if static else None)
         self.register_buffer("value_zero", torch.zeros(shape, device=device, dtype=torch.float32) if static else None)
-        quantizes = scheme.probs_bits is not None
+        quantizes = scheme.probs_bits is not None and scheme.probs_range == "fixed"
         self.register_buffer(
             "probs_scale", torch.ones(heads, device=device, dtype=torch.float32) if quantizes else None
         )
@@ -123,10 +129,13 @@ class AttentionQuantizer(FixedDtypeModule):
         """
         if (values is not None) != self.scheme.has_static_values:
             raise ValueError(f"values: {'missing' if values is None else 'given'}, which does not fit {self.scheme}")
-        if softmax is not None and (self.scheme.probs_bits is None or softmax.grid != self.scheme.probs_grid):
-            raise ValueError(f"softmax: on the {softmax.grid} grid, which does not fit {self.scheme}")
+        own = (self.scheme.probs_grid, self.scheme.probs_range)
+        if softmax is not None and (self.scheme.probs_bits is None or (softmax.grid, softmax.range) != own):
+            raise ValueError(f"softmax: on the {softmax.grid} grid ({softmax.range}), which does not fit {self.scheme}")
         found = {} if values is None else {"value_scale": values.scale, "value_zero": values.zero}
-        for name, tensor in (found if softmax is None else found | {"probs_scale": softmax.upper}).items():
+        if softmax is not None and softmax.range == "fixed":
+            found["probs_scale"] = softmax.upper
+        for name, tensor in found.items():
             buffer = self.get_buffer(name)
             if tensor.shape != buffer.shape:
                 raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(buffer.shape)}")
@@ -168,8 +177,11 @@ class AttentionQuantizer(FixedDtypeModule):
         outputs = []
         for chunk in replace(inputs, query=query, key=key, value=self._rounded_values(inputs.value)).probabilities():
             probabilities = chunk.probabilities
-            if scheme.probs_bits is not None and self.probs_scale is not None:
-                upper = self.probs_scale[chunk.head][:, None, None]
+            if scheme.probs_bits is not None:
+                if self.probs_scale is None:
+                    upper = row_ends(probabilities)
+                else:
+                    upper = self.probs_scale[chunk.head][:, None, None]
                 probabilities = quantize_probabilities(probabilities, upper, scheme.probs_bits, scheme.probs_grid)
             outputs.append((probabilities @ chunk.values).to(dtype))
         output: Tensor = torch.cat(outputs).unflatten(0, inputs.query.shape[:2])

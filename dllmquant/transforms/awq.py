@@ -149,7 +149,7 @@ def linear_objective(
     return evaluate
 
 
-def block_objective(
+def sub_block_objective(
     block: nn.Module,
     consumers: Sequence[str],
     run: Callable[[], Iterable[Tensor]],
@@ -157,17 +157,17 @@ def block_objective(
     grid: Grid,
     activation: ActivationScheme | None = None,
 ) -> Objective:
-    """Returns the loss of scales at the output of the whole transformer block, through softmax and nonlinearities.
+    """Returns the loss of scales at the output of a sub-block (attention, feed-forward), through its nonlinearities.
 
-    L(s) = Σ_j w_j ‖y_j − ŷ_j(s)‖² / Σ_j w_j with y the block's output as it is now and ŷ the output with the consumers'
+    L(s) = Σ_j w_j ‖y_j − ŷ_j(s)‖² / Σ_j w_j with y the sub-block's output as it is now and ŷ that with the consumers'
     weights Q(W diag(s)) and inputs A(x / s). The scales stay inside the consumers while the block runs, so the producer
     is not touched, and the block is as before after every evaluation.
 
     Args:
         block: The transformer block.
         consumers: Paths of all linear layers that read the scaled input, relative to the block.
-        run: Runs the block on every batch and yields its outputs [batch, length, width]; with `BlockCall`s,
-            `lambda: (call.run(block) for call in calls)`.
+        run: Runs the block on every batch and yields the sub-block's outputs [batch, length, width]; with `BlockCall`s,
+            `lambda: (output_of(block, block.attn_out, call) for call in calls)`.
         token_weights: Per batch, float [batch, length], not negative; tokens of weight 0 are left out.
         grid: The weights' grid.
         activation: The activations' scheme, or None where they stay in 16 bits.

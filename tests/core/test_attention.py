@@ -25,12 +25,13 @@ def points(grid: str, bits: int, upper: float) -> np.ndarray:
     """Every point of a grid, written down from its definition."""
     if grid == "uniform":
         return np.array([upper * code / (2**bits - 1) for code in range(2**bits)])
-    return np.array([0.0] + [upper * 2.0**-code for code in range(2**bits - 1)])
+    base = {"log2": 2.0, "log_sqrt2": 2.0**0.5}[grid]
+    return np.array([0.0] + [upper * base**-code for code in range(2**bits - 1)])
 
 
 @pytest.mark.parametrize("upper", [1.0, 0.37, 2.0**-5])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("grid", ["uniform", "log2"])
+@pytest.mark.parametrize("grid", ["uniform", "log2", "log_sqrt2"])
 def test_probabilities_go_to_the_nearest_point(grid, bits, upper):
     p = softmax(5, 40)
     p[0] = torch.logspace(-90, 0, 40, base=2, dtype=torch.float64)
@@ -49,7 +50,7 @@ def test_log2_by_hand():
     assert torch.equal(quantize_probabilities(p / 4, torch.tensor(0.25), 2, "log2"), expected / 4)
 
 
-@pytest.mark.parametrize("grid", ["uniform", "log2"])
+@pytest.mark.parametrize("grid", ["uniform", "log2", "log_sqrt2"])
 def test_zero_and_the_upper_end_are_exact(grid):
     for bits in (2, 4, 8):
         p = torch.tensor([0.0, 0.3, 0.9])
@@ -58,7 +59,7 @@ def test_zero_and_the_upper_end_are_exact(grid):
         assert result[0] == 0
 
 
-@pytest.mark.parametrize("grid", ["uniform", "log2"])
+@pytest.mark.parametrize("grid", ["uniform", "log2", "log_sqrt2"])
 def test_upper_ends_broadcast_per_head_and_narrow_types_are_widened(grid):
     p = softmax(2, 3, 4, 6)
     upper = torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64)[:, None, None]
@@ -130,7 +131,7 @@ def test_both_forms_of_the_output_error_are_the_loop(seed, weighted):
 
 def test_errors():
     one = torch.ones(1)
-    with pytest.raises(ValueError, match="grid: 'log' is unknown; valid: uniform, log2"):
+    with pytest.raises(ValueError, match="grid: 'log' is unknown; valid: uniform, log2, log_sqrt2"):
         quantize_probabilities(one, one, 4, "log")
     for alpha in (0.0, 1.01):
         with pytest.raises(ValueError, match=r"alpha: .*; valid: in \(0, 1\]"):

@@ -38,33 +38,38 @@ def nearest(p: float, end: float, grid: str) -> float:
     if grid == "uniform":
         candidates = np.array([end * code / levels for code in range(levels + 1)])
     else:
-        candidates = np.array([0.0, *(end * 2.0**-code for code in range(levels))])
+        base = 2.0 if grid == "log2" else 2.0**0.5
+        candidates = np.array([0.0, *(end * base**-code for code in range(levels))])
     return float(candidates[np.abs(candidates - p).argmin()])
 
 
 def brute_force(grid: str, weighted: bool = True) -> np.ndarray:
-    """L [candidates, heads], one number at a time."""
-    table = np.zeros((len(UPPER_ENDS), HEADS))
-    for index, end in enumerate(np.array(UPPER_ENDS, np.float32).astype(float)):
+    """L [candidates, heads], one number at a time; the last candidate is the row's largest probability."""
+    table = np.zeros((len(UPPER_ENDS) + 1, HEADS))
+    for index, end in enumerate([*np.array(UPPER_ENDS, np.float32).astype(float), None]):
         for probabilities, values, weights in STATES:
             for head in range(HEADS):
                 for i in range(QUERIES):
                     row = probabilities[head, i].numpy()
-                    delta = np.array([nearest(p, end, grid) - p for p in row])
+                    delta = np.array([nearest(p, row.max() if end is None else end, grid) - p for p in row])
                     w = float(weights[i]) if weighted else 1.0
                     table[index, head] += w * float(((delta @ values[head].numpy()) ** 2).sum())
     return table
 
 
 @pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("grid", ["uniform", "log2"])
+@pytest.mark.parametrize("grid", ["uniform", "log2", "log_sqrt2"])
 def test_equals_brute_force(grid, weighted):
     table = brute_force(grid, weighted)
     result = search_over(STATES, weighted=weighted).result(grid)
-    assert result.grid == grid
-    best = table.argmin(0)
+    assert (result.grid, result.range) == (grid, "fixed")
+    best = table[:-1].argmin(0)
     np.testing.assert_allclose(result.upper.numpy(), np.array(UPPER_ENDS, np.float32)[best])
-    np.testing.assert_allclose(result.error.numpy(), table.min(0), rtol=1e-9)
+    np.testing.assert_allclose(result.error.numpy(), table[:-1].min(0), rtol=1e-9)
+    rows = search_over(STATES, weighted=weighted).result(grid, "row")
+    assert (rows.grid, rows.range, rows.upper.tolist()) == (grid, "row", [1.0] * HEADS)
+    np.testing.assert_allclose(rows.error.numpy(), table[-1], rtol=1e-9)
+    np.testing.assert_allclose(rows.full_range_error.numpy(), table[0], rtol=1e-9)
     np.testing.assert_allclose(result.full_range_error.numpy(), table[0], rtol=1e-9)
     assert (result.error <= result.full_range_error).all()
     assert result.upper.dtype == torch.float32

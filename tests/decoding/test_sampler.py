@@ -216,11 +216,26 @@ def test_padding_and_guidance_as_the_denoiser_sees_them() -> None:
         return torch.zeros((*ids.shape, VOCABULARY))
 
     run(spy, [[3, 4], [5]], gen_length=2, block_length=2, steps=1, cfg_scale=1.0)
-    attention = [[1, 1, 1, 1], [0, 1, 1, 1]]
+    attention = [[0, 1, 1, 1], [1, 1, 1, 1]]
     assert seen == [
-        ([[3, 4, MASK, MASK], [PAD, 5, MASK, MASK]], attention),
-        ([[MASK, MASK, MASK, MASK], [PAD, MASK, MASK, MASK]], attention),
+        ([[PAD, 5, MASK, MASK], [3, 4, MASK, MASK]], attention),
+        ([[PAD, MASK, MASK, MASK], [MASK, MASK, MASK, MASK]], attention),
     ]
+
+
+def test_prompts_of_like_lengths_are_decoded_together() -> None:
+    seen: list[list[int]] = []
+
+    def spy(ids: Tensor, attention_mask: Tensor) -> Tensor:
+        seen.append(attention_mask.sum(1).tolist())
+        return torch.zeros((*ids.shape, VOCABULARY))
+
+    prompts, options = [[5] * 4, [5], [5] * 3, [5] * 2], {"gen_length": 2, "block_length": 2, "steps": 1}
+    run(spy, prompts, batch_size=2, **options)
+    assert seen == [[3, 4], [5, 6]]
+    seen.clear()
+    run(spy, prompts, batch_size=2, record=True, **options)  # a trajectory keeps the order of its prompts
+    assert seen == [[6, 3], [5, 4]]
 
 
 # threshold decoding and costs

@@ -41,9 +41,9 @@ def value_scales(shape: tuple[int, int]) -> ValueScales:
     return ValueScales(scale, 6.0 + torch.arange(shape[0])[:, None].expand(shape), nothing, nothing, nothing)
 
 
-def softmax_scales(grid: Any = "uniform", heads: int = HEADS) -> SoftmaxScales:
+def softmax_scales(grid: Any = "uniform", heads: int = HEADS, range_: Any = "fixed") -> SoftmaxScales:
     nothing = torch.zeros(heads, dtype=torch.float64)
-    return SoftmaxScales(grid, torch.tensor([1.0, 0.5, 0.7, 0.3])[:heads], nothing, nothing)
+    return SoftmaxScales(grid, range_, torch.tensor([1.0, 0.5, 0.7, 0.3])[:heads], nothing, nothing)
 
 
 def quantizer_of(kv_heads: int = KV_HEADS, **fields: Any) -> AttentionQuantizer:
@@ -52,7 +52,7 @@ def quantizer_of(kv_heads: int = KV_HEADS, **fields: Any) -> AttentionQuantizer:
     shape = (kv_heads, WIDTH if scheme.value_granularity == "channel" else 1)
     quantizer.calibrate(
         values=value_scales(shape) if scheme.has_static_values else None,
-        softmax=None if scheme.probs_bits is None else softmax_scales(scheme.probs_grid),
+        softmax=None if scheme.probs_bits is None else softmax_scales(scheme.probs_grid, range_=scheme.probs_range),
     )
     return quantizer
 
@@ -76,14 +76,18 @@ def sylvester(order: int) -> Tensor:
     return matrix / order**0.5
 
 
-def nearest_probabilities(probabilities: Tensor, bits: int, kind: str) -> Tensor:
-    result, top = torch.empty_like(probabilities), 2**bits - 1
-    for head, upper in enumerate(softmax_scales().upper.double().tolist()):
-        levels = [upper * i / top for i in range(top + 1)]
-        if kind == "log2":
-            levels = [0.0, *(upper * 2.0**-i for i in range(top))]
-        grid = torch.tensor(levels, dtype=torch.float64)
-        result[:, head] = grid[(probabilities[:, head, ..., None] - grid).abs().argmin(-1)]
+def nearest_probabilities(probabilities: Tensor, scheme: AttentionScheme) -> Tensor:
+    assert scheme.probs_bits is not None
+    result, top = torch.empty_like(probabilities), 2**scheme.probs_bits - 1
+    levels = [i / top for i in range(top + 1)]
+    if scheme.probs_grid != "uniform":
+        base = {"log2": 2.0, "log_sqrt2": 2.0**0.5}[scheme.probs_grid]
+        levels = [0.0, *(base**-i for i in range(top))]
+    for place in torch.cartesian_prod(*map(torch.arange, probabilities.shape[:-1])).tolist():
+        row = probabilities[tuple(place)]
+        upper = float(row.max()) if scheme.probs_range == "row" else float(softmax_scales().upper[place[1]])
+        grid = torch.tensor(levels, dtype=torch.float64) * upper
+        result[tuple(place)] = grid[(row[:, None] - grid).abs().argmin(-1)]
     return result
 
 
@@ -100,7 +104,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scheme: Atte
         scores = scores.masked_fill(~mask, -torch.inf)
     probabilities = scores.softmax(-1).nan_to_num()
     if scheme.probs_bits is not None:
-        probabilities = nearest_probabilities(probabilities, scheme.probs_bits, scheme.probs_grid)
+        probabilities = nearest_probabilities(probabilities, scheme)
     if scheme.value_bits is not None:
         if scheme.value_granularity == "token":
             v = dynamic(v, scheme.value_bits)
@@ -134,6 +138,9 @@ def test_without_any_bits_it_is_pytorchs_attention(kv_heads, mask):
 SCHEMES = [
     {"probs_bits": 4},
     {"probs_bits": 3, "probs_grid": "log2"},
+    {"probs_bits": 4, "probs_grid": "log_sqrt2"},
+    {"probs_bits": 4, "probs_range": "row"},
+    {"probs_bits": 4, "probs_grid": "log_sqrt2", "probs_range": "row", "value_bits": 4},
     {"value_bits": 4},
     {"value_bits": 4, "value_granularity": "head"},
     {"value_bits": 4, "value_granularity": "channel"},
@@ -368,7 +375,8 @@ def test_installing_twice_and_uninstalling_nothing_are_errors():
         ({"probs_bits": 1}, "probs_bits: 1; valid: 2 to 8, or None"),
         ({"value_bits": 9}, "value_bits: 9; valid"),
         ({"query_key_bits": 4.0}, "query_key_bits: 4.0; valid"),
-        ({"probs_grid": "log"}, "probs_grid: 'log' is unknown; valid: uniform, log2"),
+        ({"probs_grid": "log"}, "probs_grid: 'log' is unknown; valid: uniform, log2, log_sqrt2"),
+        ({"probs_range": "head"}, "probs_range: 'head' is unknown; valid: fixed, row"),
         ({"value_granularity": "row"}, "value_granularity: 'row'; valid: token, head, channel"),
         ({"rotate_query_key": True}, "rotate_query_key: True has no effect without query_key_bits"),
     ],
@@ -382,8 +390,9 @@ def test_calibration_errors():
     static = AttentionQuantizer(AttentionScheme(4, value_bits=4, value_granularity="head"), HEADS, KV_HEADS, WIDTH)
     with pytest.raises(ValueError, match="values: missing, which does not fit AttentionScheme"):
         static.calibrate()
-    with pytest.raises(ValueError, match="softmax: on the log2 grid, which does not fit"):
-        static.calibrate(values=value_scales((KV_HEADS, 1)), softmax=softmax_scales("log2"))
+    for odd in (softmax_scales("log2"), softmax_scales(range_="row")):
+        with pytest.raises(ValueError, match=rf"softmax: on the {odd.grid} grid \({odd.range}\), which does not fit"):
+            static.calibrate(values=value_scales((KV_HEADS, 1)), softmax=odd)
     with pytest.raises(ValueError, match=r"value_scale: shape \(2, 8\), expected \(2, 1\)"):
         static.calibrate(values=value_scales((KV_HEADS, WIDTH)))
     with pytest.raises(ValueError, match=r"probs_scale: shape \(3,\), expected \(4,\)"):
@@ -395,7 +404,7 @@ def test_calibration_errors():
     plain = AttentionQuantizer(AttentionScheme(value_bits=4), HEADS, KV_HEADS, WIDTH)
     with pytest.raises(ValueError, match="values: given, which does not fit"):
         plain.calibrate(values=value_scales((KV_HEADS, 1)))
-    with pytest.raises(ValueError, match="softmax: on the uniform grid, which does not fit"):
+    with pytest.raises(ValueError, match="softmax: on the uniform grid"):
         plain.calibrate(softmax=softmax_scales())
     q, k, v = qkv(1)
     with pytest.raises(ValueError, match="value: 1 heads of 8 channels do not fit 2 calibrated ones"):

@@ -14,7 +14,7 @@ from dllmquant.core.grid import Grid, QuantizedWeight, fit_scale, quantize_to_gr
 from dllmquant.core.stats import HessianAccumulator
 from dllmquant.models.llada.modeling import rotary_cos_sin
 from dllmquant.nn.activation import ActivationScheme
-from dllmquant.transforms.awq import block_objective, linear_objective, mean_magnitude, search_clip, search_scales
+from dllmquant.transforms.awq import linear_objective, mean_magnitude, search_clip, search_scales, sub_block_objective
 from dllmquant.transforms.fold import apply_scales
 from tests.models.toys import tiny_model
 from tests.oracles import obs
@@ -271,11 +271,13 @@ def block_problem():
     ("producer", "consumers"),
     [("attn_norm", ["q_proj", "k_proj", "v_proj"]), ("ff_norm", ["ff_proj", "up_proj"]), ("up_proj", ["ff_out"])],
 )
-def test_block_objective_is_the_error_of_a_block_that_was_really_quantized(producer, consumers, activation):
+def test_sub_block_objective_is_the_error_of_a_block_that_was_really_quantized(producer, consumers, activation):
     block, calls, shares = block_problem()
     grid = Grid(3, 8, False)
     before = {name: parameter.clone() for name, parameter in block.named_parameters()}
-    evaluate = block_objective(block, consumers, lambda: (call.run(block) for call in calls), shares, grid, activation)
+    evaluate = sub_block_objective(
+        block, consumers, lambda: (call.run(block) for call in calls), shares, grid, activation
+    )
     generator = torch.Generator().manual_seed(7)
     for scales in (torch.ones(block.get_submodule(consumers[0]).in_features), None):
         if scales is None:
@@ -304,7 +306,7 @@ def test_the_search_runs_on_a_block():
     handle.remove()
     consumers = ["q_proj", "k_proj", "v_proj"]
     run = lambda: (call.run(block) for call in calls)  # noqa: E731 - as the docstring shows it
-    evaluate = block_objective(block, consumers, run, shares, Grid(2, 8, False))
+    evaluate = sub_block_objective(block, consumers, run, shares, Grid(2, 8, False))
     found = search_scales(mean_abs(torch.cat(seen), torch.cat([s.flatten() for s in shares])), evaluate)
     assert found.loss < found.unscaled_loss
 
@@ -312,16 +314,16 @@ def test_the_search_runs_on_a_block():
 def test_a_block_that_fails_while_quantized_is_restored():
     block, calls, shares = block_problem()
     weight = block.q_proj.weight.clone()
-    evaluate = block_objective(
+    evaluate = sub_block_objective(
         block, ["q_proj"], lambda: (call.run(block) for call in calls), shares, Grid(2, 8, False)
     )
     calls[1] = BlockCall(torch.zeros(1), (), {})
     with pytest.raises(TypeError):
         evaluate(torch.ones(16))
     with pytest.raises(ValueError, match="group_size: 5"):
-        block_objective(block, ["q_proj"], lambda: (c.run(block) for c in calls[:1]), shares[:1], Grid(2, 5, False))(
-            torch.ones(16)
-        )
+        sub_block_objective(
+            block, ["q_proj"], lambda: (c.run(block) for c in calls[:1]), shares[:1], Grid(2, 5, False)
+        )(torch.ones(16))
     assert torch.equal(block.q_proj.weight, weight)
     assert not block.q_proj._forward_pre_hooks
 
@@ -475,14 +477,14 @@ def test_wrong_arguments_of_the_linear_objective(change, message):
         linear_objective(**({"weights": weights, "x": x, "token_weights": share, "grid": GRIDS[0]} | change))
 
 
-def test_wrong_arguments_of_the_block_objective():
+def test_wrong_arguments_of_the_sub_block_objective():
     block, calls, shares = block_problem()
     with pytest.raises(ValueError, match=r"attn_norm: a RMSNorm; valid: nn\.Linear"):
-        block_objective(block, ["attn_norm"], lambda: (call.run(block) for call in calls), shares, GRIDS[0])
+        sub_block_objective(block, ["attn_norm"], lambda: (call.run(block) for call in calls), shares, GRIDS[0])
     with pytest.raises(ValueError, match="token_weights"):
-        block_objective(block, ["q_proj"], lambda: (), [torch.zeros(2, 3)], GRIDS[0])
+        sub_block_objective(block, ["q_proj"], lambda: (), [torch.zeros(2, 3)], GRIDS[0])
     with pytest.raises(ValueError, match="zip"):
-        block_objective(block, ["q_proj"], lambda: (call.run(block) for call in calls[:1]), shares, GRIDS[0])
+        sub_block_objective(block, ["q_proj"], lambda: (call.run(block) for call in calls[:1]), shares, GRIDS[0])
 
 
 @pytest.mark.parametrize(
