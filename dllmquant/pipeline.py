@@ -1,11 +1,11 @@
 """The one loop over blocks: capture, statistics, solve, swap, run the block again for the next one's inputs."""
 
 import copy
-import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -247,24 +247,25 @@ def _solve(
         scale, zero = search_clip(weight, statistics.hessian, grid)
         return QuantizedWeight(grid, quantize_to_grid(weight, scale, zero, grid), scale, zero), None
     assert statistics is not None
-    if settings.mixed is not None:
-        widths = allocate_group_bits(
-            weight, statistics.hessian, grid, choices=settings.mixed.choices, mean=settings.mixed.mean
-        )
-        grid = replace(grid, group_bits=widths)
     clip: Clip = "mse" if settings.clip == "mse" else "none"
-    solver = functools.partial(
-        _SOLVERS[settings.solver],
-        weight,
-        grid=grid,
-        act_order=settings.act_order,
-        damping=settings.damping,
-        block_size=settings.block_size,
-        clip=clip,
-    )
-    result: GPTQResult = solver(
-        statistics.hessian, *([] if statistics.cross is None else [settings.correction * statistics.cross])
-    )
+    options: dict[str, Any] = {"act_order": settings.act_order, "damping": settings.damping, "clip": clip}
+    moments = [statistics.hessian]
+    if statistics.cross is not None:
+        moments.append(settings.correction * statistics.cross)
+
+    def solve(grid: Grid) -> GPTQResult:
+        return _SOLVERS[settings.solver](weight, *moments, grid=grid, block_size=settings.block_size, **options)
+
+    mixed = settings.mixed
+    if mixed is None:
+        result = solve(grid)
+    else:
+        widths = allocate_group_bits(
+            weight, statistics.hessian, grid, choices=mixed.choices, mean=mixed.mean, **options
+        )
+        result = solve(replace(grid, group_bits=widths))
+        if grid.bits <= mixed.mean and len(set(widths)) > 1:  # the allocation rests on estimates: this does not
+            result = min(solve(grid), result, key=lambda found: found.loss)
     return result.weight, result
 
 

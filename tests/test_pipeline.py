@@ -68,7 +68,7 @@ def whole_model_reference(model, recipe, states):
                         cross = cross + w * torch.outer(source - x, x)
             moments = [(hessian / total).float()]
             if recipe.weights.solver != "gptq":
-                moments.append((cross / total).float())
+                moments.append((recipe.weights.correction * cross / total).float())
             solver = {"gptq": gptq, "gptaq": gptaq, "qronos": qronos}[recipe.weights.solver]
             for name in group:
                 solved = solver(
@@ -90,6 +90,7 @@ def whole_model_reference(model, recipe, states):
         (12, {}),
         (5, {"inputs": "quantized"}),
         (5, {"solver": "gptaq"}),
+        (3, {"solver": "gptaq", "correction": 0.25}),
         (5, {"solver": "qronos", "inputs": "quantized"}),
     ],
     ids=str,
@@ -110,6 +111,52 @@ def test_streaming_equals_a_whole_model_reference(batch_size, weights):
         agreed.append((ours.codes == theirs.codes).float().mean())
         assert agreed[-1] > 0.98, name  # float32 sums in another order may flip a tie
     assert torch.stack(agreed).mean() > 0.999
+
+
+def mixed_losses(model, monkeypatch, **weights):
+    """Losses by layer, and what the allocation was asked."""
+    asked = []
+
+    def spy(*args, **kwargs):
+        asked.append(kwargs)
+        return allocate(*args, **kwargs)
+
+    allocate = pipeline.allocate_group_bits
+    monkeypatch.setattr(pipeline, "allocate_group_bits", spy)
+    quantizer = DLLMQuantizer(tiny_recipe(weights={"bits": 2, "group_size": 8} | weights, activations=None))
+    quantizer.quantize(model, tokenizer=tiny_tokenizer(), progress=False)
+    monkeypatch.undo()
+    return {report.name: report.loss for report in quantizer.reports}, asked
+
+
+def test_the_allocation_of_widths_sees_what_the_solver_does(monkeypatch):
+    weights = {"act_order": True, "damping": 0.05, "clip": "mse"}
+    _, asked = mixed_losses(tiny_llada(), monkeypatch, mixed={"choices": [1, 2, 3], "mean": 2}, **weights)
+    assert all(kwargs.items() >= weights.items() for kwargs in asked)
+    assert len(asked) == 2 * 7
+
+
+def test_mixed_widths_never_lose_more_than_one_width(monkeypatch):
+    """The worst allocation there is: one group rounded to 3 bits, another to 1, whatever they matter."""
+    first = "model.transformer.blocks.0.q_proj"  # all layers after it see other inputs
+    uniform, _ = mixed_losses(tiny_llada(), monkeypatch)
+    mixed, asked = mixed_losses(tiny_llada(), monkeypatch, mixed={"choices": [1, 2, 3], "mean": 2})
+    assert mixed[first] <= uniform[first]
+    monkeypatch.setattr(pipeline, "allocate_group_bits", lambda *_, **__: (1, 1, 3, 3))
+    solved = []
+    solver = pipeline._SOLVERS["gptq"]
+    monkeypatch.setitem(pipeline._SOLVERS, "gptq", lambda *a, **k: solved.append(solver(*a, **k)) or solved[-1])
+    model = tiny_llada()
+    recipe = tiny_recipe(
+        weights={"bits": 2, "group_size": 8, "mixed": {"choices": [1, 2, 3], "mean": 2}},
+        activations=None,
+        skip=["*.ff_out"],
+    )
+    quantizer = DLLMQuantizer(recipe)
+    quantizer.quantize(model, tokenizer=tiny_tokenizer(), progress=False)
+    assert len(solved) == 2 * len(quantizer.reports)
+    for report, pair in zip(quantizer.reports, zip(solved[::2], solved[1::2], strict=True), strict=True):
+        assert report.loss == min(found.loss for found in pair)
 
 
 def test_every_planned_layer_is_packed_and_nothing_else():

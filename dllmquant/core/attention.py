@@ -42,11 +42,12 @@ def quantize_probabilities(probabilities: Tensor, upper: Tensor, bits: int, grid
     upper = upper.to(p)
     top = (1 << bits) - 1
     if grid == "uniform":
-        return torch.round(p / upper * top).clamp(max=top) * (upper / top)
+        return (p / upper).mul_(top).round_().clamp_(max=top).mul_(upper / top)
     octaves = 1.0 if grid == "log2" else 0.5  # per code
-    levels = torch.tensor([0.0, *(2.0 ** (-octaves * code) for code in reversed(range(top)))], dtype=torch.float64)
-    middles = ((levels[:-1] + levels[1:]) / 2).to(p)
-    return levels.to(p)[torch.bucketize(p / upper, middles, right=True)] * upper
+    first_middle = (1 + 2.0**-octaves) / 2  # of the levels 1 and 2**−octaves; the others are powers times it
+    code: Tensor = (first_middle * upper / p).log2_().div_(octaves).ceil_().clamp_(0, top - 1)
+    zero = p <= 0.5 * 2.0 ** (-octaves * (top - 1)) * upper
+    return code.mul_(-octaves).exp2_().mul_(upper).masked_fill_(zero, 0.0)
 
 
 def value_grid(low: Tensor, high: Tensor, bits: int, alpha: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,7 @@ def quantize_activation(x: Tensor, scheme: ActivationScheme) -> Tensor:
     top = _largest_code(scheme, groups)
     if scheme.symmetric:
         scale = (groups.abs().amax(-1, keepdim=True) / top).clamp(min=tiny)
-        codes = torch.round(groups / scale).clamp(min=-top).clamp(max=top)
+        codes = torch.round(groups / scale)  # absmax / scale rounds to the largest code, so nothing needs clamping
         return (codes * scale).flatten(-2).to(x.dtype)
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
     scale = ((high - low) / top).clamp(min=tiny)

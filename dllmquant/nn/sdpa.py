@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from dllmquant.core.iaaq import normalised_interaction
 
 _CHUNK_ELEMENTS = 2**24  # probabilities held at a time: 64 MiB of float32
+_CHUNK_ELEMENTS_CPU = 2**18  # on a CPU as many as stay in its cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,23 +96,35 @@ class AttentionInputs:
         probability 0 everywhere, so its output is 0, as PyTorch's is.
 
         Args:
-            chunk: Rows at a time; None takes as many as fit in 64 MiB. Does not change the probabilities.
+            chunk: Rows at a time; None takes as many as fit in 64 MiB, or 1 MiB on a CPU. Does not change the
+                probabilities.
         """
         batch, heads, length, _ = self.query.shape
         keys, wide = self.key.shape[2], torch.promote_types(self.query.dtype, torch.float32)
-        mask = None if self.mask is None else self.mask.broadcast_to(batch, heads, length, keys)
-        size = max(1, _CHUNK_ELEMENTS // (length * keys)) if chunk is None else chunk
-        for rows in torch.arange(batch * heads, device=self.query.device).split(size):
+        if chunk is None:
+            limit = _CHUNK_ELEMENTS_CPU if self.query.device.type == "cpu" else _CHUNK_ELEMENTS
+            chunk = max(1, limit // (length * keys))
+        query, key, value = (
+            tensor.repeat_interleave(heads // tensor.shape[1], dim=1).flatten(0, 1)
+            for tensor in (self.query, self.key, self.value)
+        )
+        if self.mask is not None:  # one matrix per row, but expanded: not copied
+            mask = self.mask.broadcast_to(batch, heads, *(self.mask.shape[-2:] if self.mask.ndim > 1 else (1, keys)))
+        for start in range(0, batch * heads, chunk):
+            part = slice(start, start + chunk)
+            rows = torch.arange(batch * heads, device=query.device)[part]
             item, head = rows // heads, rows % heads
-            key_head, value_head = (head // (heads // tensor.shape[1]) for tensor in (self.key, self.value))
-            query, key = self.query[item, head].to(wide), self.key[item, key_head].to(wide)
-            scores = query @ key.transpose(1, 2) * self.scale
-            if mask is not None:
-                part = mask[item, head]
-                scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part.to(wide)
-            empty = scores.amax(-1, keepdim=True) == -torch.inf
-            probabilities = scores.softmax(-1).masked_fill(empty, 0.0)
-            yield AttentionChunk(item, head, value_head, probabilities, self.value[item, value_head].to(wide))
+            scores = query[part].to(wide) @ key[part].to(wide).transpose(1, 2) * self.scale
+            if self.mask is not None:
+                own = mask[item, head]
+                hidden = ~own if own.dtype == torch.bool else own == -torch.inf
+                scores = scores.masked_fill_(hidden, -torch.inf) if own.dtype == torch.bool else scores + own.to(wide)
+                empty = hidden.broadcast_to(len(rows), hidden.shape[1], keys).all(-1, keepdim=True)
+                probabilities = scores.softmax(-1).masked_fill_(empty, 0.0)
+            else:
+                probabilities = scores.softmax(-1)
+            value_head = head // (heads // self.value.shape[1])
+            yield AttentionChunk(item, head, value_head, probabilities, value[part].to(wide))
 
     def interaction(self, query_weights: Tensor, real: Tensor | None = None, chunk: int | None = None) -> Tensor:
         """Returns `dllmquant.core.iaaq.interaction` of this call, [batch, k], chunk by chunk.

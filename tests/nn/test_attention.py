@@ -175,7 +175,7 @@ def test_chunks_change_nothing(fields, monkeypatch):
     q, k, v = qkv(KV_HEADS)
     quantizer = quantizer_of(**fields)
     expected = quantizer.attend(q, k, v, KEEP, enable_gqa=True)
-    monkeypatch.setattr("dllmquant.nn.sdpa._CHUNK_ELEMENTS", 3 * LENGTH * LENGTH)
+    monkeypatch.setattr("dllmquant.nn.sdpa._CHUNK_ELEMENTS_CPU", 3 * LENGTH * LENGTH)
     torch.testing.assert_close(quantizer.attend(q, k, v, KEEP, enable_gqa=True), expected)
 
 

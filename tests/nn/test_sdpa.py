@@ -103,7 +103,7 @@ def test_narrow_inputs_are_computed_in_float32():
 
 @pytest.mark.parametrize(("elements", "sizes"), [(1, [1] * 8), (95, [3, 3, 2]), (2**24, [8])])
 def test_chunks_bound_the_memory(elements, sizes, monkeypatch):
-    monkeypatch.setattr("dllmquant.nn.sdpa._CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr("dllmquant.nn.sdpa._CHUNK_ELEMENTS_CPU", elements)
     assert [len(part.probabilities) for part in AttentionInputs.of_call(*qkv()).probabilities()] == sizes
     assert [len(part.batch) for part in AttentionInputs.of_call(*qkv()).probabilities(3)] == [3, 3, 2]
 
