@@ -32,7 +32,12 @@ class Plan:
     @property
     def modules(self) -> list[str]:
         """Full paths of the layers that are quantized, in execution order."""
-        return [name for groups in self.blocks for group in groups for name in group]
+        return [name for group in self.groups for name in group]
+
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """The groups of all blocks, in execution order."""
+        return [group for groups in self.blocks for group in groups]
 
 
 def make_plan(model: nn.Module, adapter: ModelAdapter, recipe: Recipe) -> Plan:

@@ -140,7 +140,7 @@ def test_mixed_widths_never_lose_more_than_one_width(monkeypatch):
     """The worst allocation there is: one group rounded to 3 bits, another to 1, whatever they matter."""
     first = "model.transformer.blocks.0.q_proj"  # all layers after it see other inputs
     uniform, _ = mixed_losses(tiny_llada(), monkeypatch)
-    mixed, asked = mixed_losses(tiny_llada(), monkeypatch, mixed={"choices": [1, 2, 3], "mean": 2})
+    mixed, _ = mixed_losses(tiny_llada(), monkeypatch, mixed={"choices": [1, 2, 3], "mean": 2})
     assert mixed[first] <= uniform[first]
     monkeypatch.setattr(pipeline, "allocate_group_bits", lambda *_, **__: (1, 1, 3, 3))
     solved = []

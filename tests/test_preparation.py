@@ -92,7 +92,7 @@ def test_a_transform_that_breaks_the_function_is_an_error(monkeypatch):
         for consumer in consumers:
             block.get_submodule(consumer).weight.data.mul_(scales)
 
-    monkeypatch.setattr("dllmquant.preparation.apply_scales", broken)
+    monkeypatch.setattr("dllmquant.preparation.scaling.apply_scales", broken)
     with pytest.raises(ValueError, match="smoothquant: changes what the model computes"):
         prepared(tiny_llada(), Recipe.load(tiny_recipe(transforms=[{"kind": "smoothquant"}])))
 
@@ -234,7 +234,7 @@ def test_a_failure_before_the_first_block_is_solved_undoes_folded_transforms(fai
         return solver(*args, **kwargs)
 
     if failing == "measuring":
-        monkeypatch.setattr("dllmquant.preparation.fit_wush", limited)
+        monkeypatch.setattr("dllmquant.preparation.walk.fit_wush", limited)
     monkeypatch.setitem(pipeline._SOLVERS, "gptq", limited)
     recipe = tiny_recipe(transforms=[{"kind": "quarot"}, {"kind": "smoothquant"}, {"kind": "wush", "block_size": 16}])
     with pytest.raises(ValueError, match="no solution"):

@@ -1,5 +1,6 @@
 """Statistics of a layer's input that add up over batches."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -8,24 +9,72 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class InputStatistics:
-    """What one pass over the tokens x̃_j a layer reads, of weights w_j > 0, tells about its input.
-
-    Means are weighted, E f = Σ_j w_j f_j / Σ_j w_j; so mean_abs² ≤ diag(hessian) ≤ absmax · mean_abs, per channel.
+    """What the tokens x̃_j a layer reads, of weights w_j > 0, tell a solver; means are E f = Σ_j w_j f_j / Σ_j w_j.
 
     Attributes:
         hessian: [in, in], E x̃ x̃ᵀ, symmetric and positive semidefinite.
-        absmax: [in], max_j |x̃_j|.
-        mean_abs: [in], E |x̃|.
         tokens: How many tokens, at least 1.
         cross: [in, in], E (x − x̃) x̃ᵀ with x_j the same token in the full-precision path (rows: x − x̃, columns: x̃), so
             that hessian + cross = E x x̃ᵀ; None where that path was not recorded.
     """
 
     hessian: Tensor
-    absmax: Tensor
-    mean_abs: Tensor
     tokens: int
     cross: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class InputMagnitudes:
+    """How large the channels of a layer's input are, over tokens x_j of weights w_j > 0.
+
+    Attributes:
+        absmax: [in], max_j |x_j|.
+        mean_abs: [in], Σ_j w_j |x_j| / Σ_j w_j.
+    """
+
+    absmax: Tensor
+    mean_abs: Tensor
+
+
+def input_magnitudes(batches: Iterable[tuple[Tensor, Tensor]]) -> InputMagnitudes:
+    """Returns the magnitudes of tokens x [..., features] with weights w ≥ 0 [...], given batch by batch.
+
+    Computed in float32, or float64 if the tokens are. Tokens of weight 0 (padding) are excluded altogether.
+
+    Raises:
+        ValueError: A shape does not fit, a weight is negative, a weighted token is not finite, or no token has a
+            positive weight.
+    """
+    absmax = total = torch.zeros(())
+    weight = 0.0
+    for x, weights in batches:
+        rows, w, _ = _weighted_rows(x, weights, torch.promote_types(x.dtype, torch.float32))
+        if len(rows):
+            magnitude = rows.abs()
+            absmax = torch.maximum(absmax.to(rows), magnitude.amax(0))
+            total = total.to(rows) + w @ magnitude
+            weight += float(w.sum(dtype=torch.float64))
+    if weight <= 0:
+        raise ValueError("batches: hold no token with a positive weight")
+    return InputMagnitudes(absmax, total / weight)
+
+
+def _weighted_rows(x: Tensor, weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Checks tokens [..., features] and weights [...]; returns those of positive weight, and which they are, flat.
+
+    Raises:
+        ValueError: A shape does not fit, a weight is negative, or a weighted token is not finite.
+    """
+    if weights.shape != x.shape[:-1]:
+        raise ValueError(f"weights: shape {tuple(weights.shape)}, expected {tuple(x.shape[:-1])}")
+    w = weights.reshape(-1).to(x.device, dtype)
+    if not bool(torch.isfinite(w).all()) or bool((w < 0).any()):
+        raise ValueError("weights: valid weights are finite and not negative")
+    used = w > 0
+    rows = x.reshape(-1, x.shape[-1])[used].to(dtype)
+    if not bool(torch.isfinite(rows).all()):
+        raise ValueError("x: a token with a positive weight holds NaN or infinity")
+    return rows, w[used], used
 
 
 class HessianAccumulator:
@@ -59,8 +108,6 @@ class HessianAccumulator:
         self.total_weight = 0.0
         self.tokens = 0
         self._sum = torch.zeros(features, features, device=device, dtype=dtype)
-        self._absmax = torch.zeros(features, device=device, dtype=dtype)
-        self._abs_sum = torch.zeros(features, device=device, dtype=dtype)
         self._cross = torch.zeros_like(self._sum) if cross else None
 
     def add(self, x: Tensor, weights: Tensor | None = None, full: Tensor | None = None) -> None:
@@ -73,28 +120,16 @@ class HessianAccumulator:
         """
         if x.shape[-1] != self.features:
             raise ValueError(f"x: {x.shape[-1]} features, expected {self.features}")
-        rows = x.reshape(-1, self.features).to(self._sum)
         if weights is None:
             weights = torch.ones(x.shape[:-1], device=x.device)
-        if weights.shape != x.shape[:-1]:
-            raise ValueError(f"weights: shape {tuple(weights.shape)}, expected {tuple(x.shape[:-1])}")
-        w = weights.reshape(-1).to(self._sum)
-        if not bool(torch.isfinite(w).all()) or bool((w < 0).any()):
-            raise ValueError("weights: valid weights are finite and not negative")
-        used = w > 0
-        rows, w = rows[used], w[used]
-        if not bool(torch.isfinite(rows).all()):
-            raise ValueError("x: a token with a positive weight holds NaN or infinity")
+        rows, w, used = _weighted_rows(x.to(self._sum.device), weights, self._sum.dtype)
         self._add_cross(rows, w, used, x.shape, full)
         if not len(rows):
             return
-        magnitude = rows.abs()
-        self._absmax = torch.maximum(self._absmax, magnitude.amax(0))
-        self._abs_sum += w @ magnitude
         rows = rows * w.sqrt()[:, None]
         self._sum.addmm_(rows.T, rows)
         self.total_weight += float(w.sum(dtype=torch.float64))
-        self.tokens += int(used.sum())
+        self.tokens += len(rows)
 
     def _add_cross(self, rows: Tensor, w: Tensor, used: Tensor, shape: torch.Size, full: Tensor | None) -> None:
         """Adds Σ w (x − x̃) x̃ᵀ: x̃ the rows of positive weight w, x those of `full`; see `add` for what it raises."""
@@ -120,8 +155,6 @@ class HessianAccumulator:
         if (other._cross is None) != (self._cross is None):
             raise ValueError("other: one accumulator has a cross sum, the other none; valid: both or neither")
         self._sum += other._sum.to(self._sum)
-        self._absmax = torch.maximum(self._absmax, other._absmax.to(self._absmax))
-        self._abs_sum += other._abs_sum.to(self._abs_sum)
         if self._cross is not None and other._cross is not None:
             self._cross += other._cross.to(self._cross)
         self.total_weight += other.total_weight
@@ -131,8 +164,6 @@ class HessianAccumulator:
         """Returns everything needed to go on later."""
         state = {
             "sum": self._sum.clone(),
-            "absmax": self._absmax.clone(),
-            "abs_sum": self._abs_sum.clone(),
             "total_weight": torch.tensor(self.total_weight, dtype=torch.float64),
             "tokens": torch.tensor(self.tokens),
         }
@@ -149,8 +180,6 @@ class HessianAccumulator:
         if ("cross" in state) != (self._cross is not None):
             raise ValueError("state: one of it and the accumulator has a cross sum; valid: both or neither")
         self._sum = state["sum"].to(self._sum, copy=True)
-        self._absmax = state["absmax"].to(self._absmax, copy=True)
-        self._abs_sum = state["abs_sum"].to(self._abs_sum, copy=True)
         if self._cross is not None:
             self._cross = state["cross"].to(self._cross, copy=True)
         self.total_weight = float(state["total_weight"])
@@ -174,8 +203,6 @@ class HessianAccumulator:
         """
         return InputStatistics(
             hessian=self.hessian(),
-            absmax=self._absmax.clone(),
-            mean_abs=self._abs_sum / self.total_weight,
             tokens=self.tokens,
             cross=None if self._cross is None else self._cross / self.total_weight,
         )

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dllmquant.core.stats import HessianAccumulator, InputStatistics
+from dllmquant.core.stats import HessianAccumulator, InputStatistics, input_magnitudes
 
 FEATURES = 7
 
@@ -31,28 +31,23 @@ def brute_force(x: Tensor, weights: Tensor) -> Tensor:
 
 def brute_force_all(x: Tensor, weights: Tensor, full: Tensor | None = None) -> InputStatistics:
     """Every statistic, one token at a time; `full` [..., features] are the tokens of the full-precision path."""
-    absmax, mean_abs, cross = [0.0] * FEATURES, [0.0] * FEATURES, torch.zeros(FEATURES, FEATURES, dtype=torch.float64)
+    cross = torch.zeros(FEATURES, FEATURES, dtype=torch.float64)
     used = [j for j in range(weights.numel()) if weights.flatten()[j] > 0]
     for j in used:
         share, token = float(weights.flatten()[j] / weights.sum()), x.reshape(-1, FEATURES)[j]
-        for i in range(FEATURES):
-            absmax[i] = max(absmax[i], abs(float(token[i])))
-            mean_abs[i] += share * abs(float(token[i]))
         if full is not None:
             other = full.reshape(-1, FEATURES)[j]
             for row in range(FEATURES):
                 cross[row] += share * (other[row] - token[row]) * token
     return InputStatistics(
         hessian=brute_force(x, weights),
-        absmax=torch.tensor(absmax, dtype=torch.float64),
-        mean_abs=torch.tensor(mean_abs, dtype=torch.float64),
         tokens=len(used),
         cross=None if full is None else cross,
     )
 
 
 def same(result: InputStatistics, expected: InputStatistics, tolerance: float = 1e-10) -> None:
-    for name in ("hessian", "absmax", "mean_abs", "cross"):
+    for name in ("hessian", "cross"):
         one, other = getattr(result, name), getattr(expected, name)
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, check_dtype=False)
     assert result.tokens == expected.tokens
@@ -221,8 +216,6 @@ def test_statistics_by_hand() -> None:
     accumulator.add(quantized, torch.tensor([2.0, 1.0]), full)
     result = accumulator.statistics()
     assert result.cross is not None
-    assert result.absmax.tolist() == [3, 2]
-    assert (result.mean_abs * 3).tolist() == [5, 4]
     assert (result.cross * 3).tolist() == [[1, -2], [-3, 0]]  # 2·(½, 0)ᵀ(1, −2) + 1·(0, 1)ᵀ(−3, 0)
 
 
@@ -264,9 +257,9 @@ def test_statistics_do_not_depend_on_splits_and_merges(cuts: list[int], merged: 
         accumulator = accumulate_both(*parts)
     result = accumulator.statistics()
     same(result, brute_force_all(x, weights, full))
-    energy = result.hessian.diagonal()
-    assert bool((result.mean_abs.square() <= energy * (1 + 1e-12)).all())
-    assert bool((energy <= result.absmax * result.mean_abs * (1 + 1e-12)).all())
+    magnitudes, energy = input_magnitudes((x, w) for x, w, _ in parts), result.hessian.diagonal()
+    assert bool((magnitudes.mean_abs.square() <= energy * (1 + 1e-12)).all())
+    assert bool((energy <= magnitudes.absmax * magnitudes.mean_abs * (1 + 1e-12)).all())
 
 
 def test_statistics_survive_the_state_dict() -> None:
@@ -288,7 +281,7 @@ def test_statistics_are_copies() -> None:
     (x, weights), full = tokens(4), tokens(4, seed=1)[0]
     accumulator = accumulate_both((x, weights, full))
     result = accumulator.statistics()
-    for part in (result.hessian, result.absmax, result.mean_abs, result.cross):
+    for part in (result.hessian, result.cross):
         assert part is not None
         part.zero_()
     same(accumulator.statistics(), brute_force_all(x, weights, full))
@@ -321,3 +314,37 @@ def test_errors_of_the_second_path() -> None:
             first.merge(second)
         with pytest.raises(ValueError, match=r"state: .* cross sum; valid: both or neither"):
             first.load_state_dict(second.state_dict())
+
+
+@pytest.mark.parametrize("cuts", [[0, 12], [0, 5, 5, 12], [0, 1, 12]])
+def test_magnitudes_equal_the_maxima_and_means_over_tokens(cuts: list[int]) -> None:
+    x, weights = tokens(12)
+    weights[[1, 4]] = 0
+    x[4] = float("nan")
+    absmax, mean_abs = [0.0] * FEATURES, [0.0] * FEATURES
+    for token, weight in zip(x, weights, strict=True):
+        for i in range(FEATURES if weight > 0 else 0):
+            absmax[i] = max(absmax[i], abs(float(token[i])))
+            mean_abs[i] += float(weight / weights.sum()) * abs(float(token[i]))
+    result = input_magnitudes((x[low:high], weights[low:high]) for low, high in pairwise(cuts))
+    torch.testing.assert_close(result.absmax, torch.tensor(absmax, dtype=torch.float64))
+    torch.testing.assert_close(result.mean_abs, torch.tensor(mean_abs, dtype=torch.float64))
+
+
+def test_magnitudes_by_hand() -> None:
+    result = input_magnitudes([(torch.tensor([[1.0, -2.0], [-3.0, 0.0]]).bfloat16(), torch.tensor([2.0, 1.0]))])
+    assert result.absmax.tolist() == [3, 2]
+    assert (result.mean_abs * 3).tolist() == [5, 4]
+    assert result.absmax.dtype == torch.float32
+
+
+def test_magnitudes_errors() -> None:
+    x, weights = tokens(3)
+    with pytest.raises(ValueError, match="no token with a positive weight"):
+        input_magnitudes([(x, torch.zeros(3))])
+    with pytest.raises(ValueError, match=r"weights: shape \(2,\), expected \(3,\)"):
+        input_magnitudes([(x, weights[:2])])
+    with pytest.raises(ValueError, match="weights: valid weights are finite and not negative"):
+        input_magnitudes([(x, -weights)])
+    with pytest.raises(ValueError, match="x: a token with a positive weight holds NaN"):
+        input_magnitudes([(x * float("inf"), weights)])

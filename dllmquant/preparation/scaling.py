@@ -1,0 +1,106 @@
+"""Scales between producers and consumers of a block (SmoothQuant, AWQ), searched and folded into the weights."""
+
+import functools
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+from dllmquant.capture import BlockCall, output_of
+from dllmquant.models import ModelAdapter
+from dllmquant.plan import Plan
+from dllmquant.preparation.inputs import magnitudes, sample_tokens
+from dllmquant.settings import AWQ, SmoothQuant
+from dllmquant.transforms.awq import Objective, linear_objective, mean_magnitude, search_scales, sub_block_objective
+from dllmquant.transforms.fold import apply_scales, linear_at
+from dllmquant.transforms.smoothquant import smooth_scales
+
+_SEARCH_STATES = 32  # states on which AWQ's scales are searched; the statistics use all
+_SAMPLES = 512  # tokens on which AWQ's "layer" objective is measured
+
+
+def scale_block(
+    block: nn.Module,
+    prefix: str,
+    adapter: ModelAdapter,
+    plan: Plan,
+    calls: Sequence[BlockCall],
+    weights: Sequence[Tensor],
+    transform: SmoothQuant | AWQ,
+    *,
+    seed: int,
+) -> None:
+    """Moves channel scales between producers and consumers of one block, in place.
+
+    Args:
+        block: The block.
+        prefix: Its path in the model, with the dot.
+        adapter: The model's adapter.
+        plan: What is quantized; pairs whose consumers all stay in 16 bits are left alone.
+        calls: How the block is called, one call per batch of states.
+        weights: Per call, the token weights [batch, length].
+        transform: The method.
+        seed: Seed of the tokens on which AWQ's "layer" objective is measured.
+    """
+    quantized = set(plan.modules)
+    for producer, consumers in _scale_pairs(block, adapter, transform):
+        linears = [linear_at(block, consumer) for consumer in consumers]
+        rounded = [consumer for consumer in consumers if prefix + consumer in quantized]
+        if not rounded:
+            continue
+        size = magnitudes(block, linears[0], calls, weights)
+        own = [linear.weight.detach() for linear in linears]
+        if isinstance(transform, SmoothQuant):
+            scales = smooth_scales(size.absmax, own, transform.alpha)
+        else:
+            evaluate = _awq_objective(block, rounded, adapter, plan, calls, weights, transform, seed)
+            mean = mean_magnitude(own, plan.grid) if transform.duo_scaling else None
+            points = transform.grid_points
+            scales = search_scales(size.mean_abs, evaluate, grid_points=points, weight_mean=mean).scales
+        apply_scales(block, producer, consumers, scales)
+
+
+def _awq_objective(
+    block: nn.Module,
+    consumers: Sequence[str],
+    adapter: ModelAdapter,
+    plan: Plan,
+    calls: Sequence[BlockCall],
+    weights: Sequence[Tensor],
+    transform: AWQ,
+    seed: int,
+) -> Objective:
+    """Returns what AWQ's scale search minimises."""
+    if transform.objective == "layer":
+        linears = [linear_at(block, consumer) for consumer in consumers]
+        x, token_weights = sample_tokens(block, linears[0], calls, weights, _SAMPLES, seed)
+        own = [linear.weight.detach() for linear in linears]
+        return linear_objective(own, x, token_weights, plan.grid, plan.activation)
+    some = max(1, _SEARCH_STATES // calls[0].hidden.shape[0])
+    end = block.get_submodule(_sub_block_end(adapter, consumers))
+    run = functools.partial(_outputs, block, end, calls[:some])
+    return sub_block_objective(block, consumers, run, weights[:some], plan.grid, plan.activation)
+
+
+def _outputs(block: nn.Module, end: nn.Module, calls: Sequence[BlockCall]) -> Iterator[Tensor]:
+    return (output_of(block, end, call) for call in calls)
+
+
+def _sub_block_end(adapter: ModelAdapter, consumers: Sequence[str]) -> str:
+    """Returns the layer that writes the output of the sub-block (attention or feed-forward) the consumers are in."""
+    order = [leaf for group in adapter.linear_groups for leaf in group]
+    later = order[order.index(consumers[0]) :]
+    return next(leaf for leaf in later if leaf in adapter.residual_outputs)
+
+
+def _scale_pairs(
+    block: nn.Module, adapter: ModelAdapter, transform: SmoothQuant | AWQ
+) -> list[tuple[str, tuple[str, ...]]]:
+    """Lists (producer, consumers) a method scales: SmoothQuant norms only; AWQ linear producers as well."""
+    pairs = list(adapter.scale_pairs)
+    if isinstance(transform, SmoothQuant):
+        return [pair for pair in pairs if not isinstance(block.get_submodule(pair[0]), nn.Linear)]
+    if adapter.value_output is not None:
+        value, output = (linear_at(block, name) for name in adapter.value_output)
+        if value.out_features == output.in_features:  # grouped value heads feed several output channels each
+            pairs.insert(1, (adapter.value_output[0], (adapter.value_output[1],)))
+    return pairs
