@@ -10,11 +10,10 @@ from dllmquant.models import ModelAdapter
 from dllmquant.plan import Plan
 from dllmquant.preparation.inputs import magnitudes, sample_tokens
 from dllmquant.settings import AWQ, SmoothQuant
-from dllmquant.transforms.awq import Objective, linear_objective, mean_magnitude, search_scales, sub_block_objective
+from dllmquant.transforms.awq import linear_objective, mean_magnitude, search_scales, sub_block_objective
 from dllmquant.transforms.fold import apply_scales, linear_at
 from dllmquant.transforms.smoothquant import smooth_scales
 
-_SEARCH_STATES = 32  # states on which AWQ's scales are searched; the statistics use all
 _SAMPLES = 512  # tokens on which AWQ's "layer" objective is measured
 
 
@@ -27,6 +26,7 @@ def scale_block(
     weights: Sequence[Tensor],
     transform: SmoothQuant | AWQ,
     *,
+    search: tuple[Sequence[BlockCall], Sequence[Tensor]],
     seed: int,
 ) -> None:
     """Moves channel scales between producers and consumers of one block, in place.
@@ -39,6 +39,8 @@ def scale_block(
         calls: How the block is called, one call per batch of states.
         weights: Per call, the token weights [batch, length].
         transform: The method.
+        search: The calls and weights on which AWQ's "sub_block" objective is measured: fewer, since it is measured
+            often.
         seed: Seed of the tokens on which AWQ's "layer" objective is measured.
     """
     quantized = set(plan.modules)
@@ -52,33 +54,18 @@ def scale_block(
         if isinstance(transform, SmoothQuant):
             scales = smooth_scales(size.absmax, own, transform.alpha)
         else:
-            evaluate = _awq_objective(block, rounded, adapter, plan, calls, weights, transform, seed)
+            if transform.objective == "layer":
+                x, token_weights = sample_tokens(block, linears[0], calls, weights, _SAMPLES, seed)
+                matrices = [linear_at(block, consumer).weight.detach() for consumer in rounded]
+                evaluate = linear_objective(matrices, x, token_weights, plan.grid, plan.activation)
+            else:
+                end = block.get_submodule(_sub_block_end(adapter, rounded))
+                run = functools.partial(_outputs, block, end, search[0])
+                evaluate = sub_block_objective(block, rounded, run, search[1], plan.grid, plan.activation)
             mean = mean_magnitude(own, plan.grid) if transform.duo_scaling else None
             points = transform.grid_points
             scales = search_scales(size.mean_abs, evaluate, grid_points=points, weight_mean=mean).scales
         apply_scales(block, producer, consumers, scales)
-
-
-def _awq_objective(
-    block: nn.Module,
-    consumers: Sequence[str],
-    adapter: ModelAdapter,
-    plan: Plan,
-    calls: Sequence[BlockCall],
-    weights: Sequence[Tensor],
-    transform: AWQ,
-    seed: int,
-) -> Objective:
-    """Returns what AWQ's scale search minimises."""
-    if transform.objective == "layer":
-        linears = [linear_at(block, consumer) for consumer in consumers]
-        x, token_weights = sample_tokens(block, linears[0], calls, weights, _SAMPLES, seed)
-        own = [linear.weight.detach() for linear in linears]
-        return linear_objective(own, x, token_weights, plan.grid, plan.activation)
-    some = max(1, _SEARCH_STATES // calls[0].hidden.shape[0])
-    end = block.get_submodule(_sub_block_end(adapter, consumers))
-    run = functools.partial(_outputs, block, end, calls[:some])
-    return sub_block_objective(block, consumers, run, weights[:some], plan.grid, plan.activation)
 
 
 def _outputs(block: nn.Module, end: nn.Module, calls: Sequence[BlockCall]) -> Iterator[Tensor]:

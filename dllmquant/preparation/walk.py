@@ -1,5 +1,6 @@
 """The pass over the full-precision model: it folds transforms into the weights and fits what is applied to inputs."""
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 _PROBE_STATES = 4  # states on which a folded transform must leave the logits as they were
 _SAMPLES = 512  # tokens DuQuant's rotations are fitted to
+_SEARCH_STATES = 32  # states on which AWQ's scales are searched, from all over the trajectory; its statistics use all
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +177,11 @@ class _Walk:
         assert recipe.calibration is not None
         size, device = recipe.calibration.batch_size, self.model.device
         ids, keep = states.batch.ids.to(device), states.batch.attention_mask.to(device)
-        calls = first_calls(self.model, blocks[0], self.adapter.denoiser(self.model), ids, keep, size)
+        some = torch.arange(0, len(ids), max(1, len(ids) // _SEARCH_STATES))
+        searches = any(isinstance(transform, AWQ) for transform in recipe.transforms)
+        start = functools.partial(first_calls, self.model, blocks[0], self.adapter.denoiser(self.model))
+        calls = start(ids, keep, size)
+        search_calls = start(ids[some], keep[some], size) if searches else []
         bar = tqdm(
             enumerate(zip(blocks, self.plan.blocks, strict=True)),
             desc="preparing",
@@ -188,7 +194,17 @@ class _Walk:
             for transform in recipe.transforms:
                 if isinstance(transform, SmoothQuant | AWQ):
                     prefix = f"{self.adapter.blocks}.{index}."
-                    scale_block(block, prefix, self.adapter, self.plan, calls, weights, transform, seed=recipe.seed)
+                    scale_block(
+                        block,
+                        prefix,
+                        self.adapter,
+                        self.plan,
+                        calls,
+                        weights,
+                        transform,
+                        search=(search_calls, self.token_weights[index][some].to(device).split(size)),
+                        seed=recipe.seed,
+                    )
             for group in groups:
                 settings = self.plan.input_transforms.get(group[0])
                 if settings is not None:
@@ -197,6 +213,7 @@ class _Walk:
                     attended = (states.weights * received[index]).to(device).split(size)
                     measured.measure_output(block, group, calls, attended)
             calls = [call.following(block) for call in calls]
+            search_calls = [call.following(block) for call in search_calls]
 
     def _fit(
         self,
