@@ -207,8 +207,9 @@ class TokenWeightSettings(Section):
 
     Attributes:
         kind: "uniform" counts every token once; "cgq" weights tokens by w = (m + √c)², with m the base of the token's
-            mask state and c its confidence; "frontier" favours tokens about to be committed; "interaction" weights a
-            token, in every block, by the attention it receives there.
+            mask state and c its confidence; "cgq_text" does, but counts masked tokens behind the end of the text like
+            unmasked ones; "frontier" favours tokens about to be committed; "interaction" weights a token, in every
+            block, by the attention it receives there.
         masked_base: cgq: m of masked tokens.
         unmasked_base: cgq: m of tokens that are not masked.
         decoded_confidence: cgq: c of tokens that are not masked: "zero", or the "model"'s own probability.
@@ -217,7 +218,7 @@ class TokenWeightSettings(Section):
         reliability: frontier: added to masked tokens, times their confidence.
     """
 
-    kind: Literal["uniform", "cgq", "frontier", "interaction"] = "uniform"
+    kind: Literal["uniform", "cgq", "cgq_text", "frontier", "interaction"] = "uniform"
     masked_base: float = Field(default=1.0, ge=0)
     unmasked_base: float = Field(default=0.7, ge=0)
     decoded_confidence: Literal["zero", "model"] = "zero"

@@ -29,6 +29,7 @@ class CalibrationStates:
         notes: What a reader of the report should know, such as redistributed quotas or parts that are not covered.
         coverage: Where in the denoising process the states lie; None if they were made by hand.
         cost: What they took; None if they were made by hand.
+        tail: bool [states, length], positions behind the end of the generated text; None where there are none.
     """
 
     batch: StateBatch
@@ -36,10 +37,11 @@ class CalibrationStates:
     notes: tuple[str, ...] = ()
     coverage: Coverage | None = None
     cost: Cost | None = None
+    tail: Tensor | None = None
 
     def reweighted(self, weighting: TokenWeightSettings) -> "CalibrationStates":
         """Returns the same states with the token weights a recipe asks for."""
-        return replace(self, weights=weigh_tokens(self.batch, weighting))
+        return replace(self, weights=weigh_tokens(self.batch, weighting, self.tail))
 
     def content_hash(self) -> str:
         """Returns a SHA-256 over everything the statistics can see: ids, masks and weights."""
@@ -99,5 +101,5 @@ def collect_states(
     logger.info("calibration states (%s): %s", settings.states, drawn.coverage.summary())
     for note in drawn.notes:
         logger.warning("calibration states: %s", note)
-    weights = weigh_tokens(drawn.batch, weighting)
-    return CalibrationStates(drawn.batch, weights, drawn.notes, drawn.coverage, drawn.cost)
+    weights = weigh_tokens(drawn.batch, weighting, drawn.tail)
+    return CalibrationStates(drawn.batch, weights, drawn.notes, drawn.coverage, drawn.cost, drawn.tail)

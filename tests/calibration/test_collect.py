@@ -2,6 +2,7 @@
 
 import logging
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,6 +99,20 @@ def test_weights(states):
     assert frontier.weights.max() > 2
     interaction = collect({"states": states}, {"kind": "interaction"})
     assert torch.equal(interaction.weights, uniform.weights)
+
+
+def test_weights_of_the_text_count_its_tail_as_unmasked():
+    states = collect({"states": "trajectory"})
+    tail = torch.zeros_like(states.batch.mask)
+    tail[::2, -3:] = True
+    weighting = TokenWeightSettings(kind="cgq_text", unmasked_base=0.5)
+    expected = token_weights(states.batch.mask & ~tail, states.batch.confidence, unmasked_base=0.5)
+    found = replace(states, tail=tail).reweighted(weighting).weights
+    assert torch.equal(found, expected * states.batch.attention_mask)
+    assert not torch.equal(found, states.reweighted(weighting.model_copy(update={"kind": "cgq"})).weights)
+    assert collect({"states": "trajectory"}, {"kind": "cgq_text"}).tail is not None
+    without = replace(states, tail=None).reweighted(weighting).weights
+    assert torch.equal(without, states.reweighted(weighting.model_copy(update={"kind": "cgq"})).weights)
 
 
 def test_cost_and_coverage_are_logged(caplog):

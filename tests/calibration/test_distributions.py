@@ -12,6 +12,7 @@ from dllmquant.calibration import DISTRIBUTIONS, Request, builtin_prompts, close
 from dllmquant.calibration.distributions import clean, masked_text, mcs, random_t, trajectory
 from dllmquant.core.grid import Grid
 from dllmquant.core.rtn import rtn
+from dllmquant.decoding import Trajectory
 from dllmquant.generation import generate_tokens
 from dllmquant.models import adapter_for
 from dllmquant.nn.linear import QuantLinear
@@ -142,6 +143,28 @@ def test_trajectory_states_are_recorded_ones():
     assert drawn.coverage.recorded == ((0, 0, 0, 12), (0, 0, 12, 0), (0, 12, 0, 0), (12, 0, 0, 0))
     assert drawn.cost.forward_passes == generation.forward_passes == 3 * 4
     assert drawn.notes == ()
+
+
+def test_the_tail_lies_behind_the_first_eos_of_the_generation():
+    """Two prompts of 1 and 2 tokens, both holding an EOS, that must not count; the second prompt takes two steps."""
+    eos, mask, other = 9, 8, 1
+    last = [[0, eos, other, eos, mask, eos], [other, eos, other, other, mask, mask]]
+    ids = torch.tensor([[last[0], [0] * 6], [[other, eos, *[mask] * 4], last[1]]], dtype=torch.int32)
+    valid = torch.tensor([[True, False], [True, True]])
+    recorded = Trajectory(
+        ids=ids,
+        mask=ids == mask,
+        confidence=torch.zeros(ids.shape),
+        committed=torch.zeros(ids.shape, dtype=torch.bool),
+        block=torch.zeros(2, 2, dtype=torch.int64),
+        valid=valid,
+        prompt_lengths=torch.tensor([1, 2]),
+        gen_length=4,
+        pad_token_id=0,
+    )
+    none = [False] * 6
+    assert trajectory.behind_the_end(recorded, eos).tolist() == [[*none[:4], True, True], none]
+    assert trajectory.behind_the_end(recorded, None).tolist() == [none, none]
 
 
 def test_notes_of_a_trajectory_that_is_too_short():

@@ -86,12 +86,15 @@ class Drawn:
         coverage: Where in the denoising process they lie.
         cost: What they took.
         notes: What a reader of the report should know; empty when everything is as asked for.
+        tail: bool [states, length], the positions behind the end of the generated text, which hold nothing but its
+            padding; None where texts have no such positions.
     """
 
     batch: StateBatch
     coverage: Coverage
     cost: Cost
     notes: tuple[str, ...] = ()
+    tail: Tensor | None = None
 
 
 class DrawStates(Protocol):

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dllmquant.calibration.cache import cached_trajectory, trajectory_key
@@ -52,7 +53,20 @@ def trajectory_states(
         buckets=buckets,
         recorded=selection.recorded,
     )
-    return Drawn(batch, coverage, cost, (*selection.notes, *coverage.notes(request.quotas)))
+    tail = behind_the_end(trajectory, tokenizer.eos_token_id)[[state.trajectory for state in selection.states]]
+    notes = (*selection.notes, *coverage.notes(request.quotas))
+    return Drawn(batch, coverage, cost, notes, tail[:, -batch.ids.shape[1] :])
+
+
+def behind_the_end(trajectory: Trajectory, eos_token_id: int | None) -> Tensor:
+    """Returns which positions of each prompt's generation come after its first EOS, bool [prompts, L].
+
+    That is the EOS of the last recorded state; what the last step commits is not part of it.
+    """
+    last = trajectory.ids[torch.arange(trajectory.num_prompts), trajectory.num_steps - 1]
+    generated = torch.arange(last.shape[1]) >= last.shape[1] - trajectory.gen_length
+    ends = (last == (-1 if eos_token_id is None else eos_token_id)) & generated
+    return ends.cumsum(1) - ends.to(torch.int64) > 0
 
 
 def record_trajectory(
