@@ -20,7 +20,7 @@ $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): pyproject.toml .ci/constraints.txt | $(BIN)/pip
-	$(BIN)/python -m pip install -c .ci/constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -c .ci/constraints.txt -e ".[dev,eval,export]"
 	@touch $@
 
 demo: $(STAMP)  ## quantize the bundled model and write the results to demo-output/

@@ -7,6 +7,7 @@ from dllmquant import models as _models  # noqa: F401 - registers the model fami
 from dllmquant._version import __version__
 from dllmquant.assets import bundled
 from dllmquant.checkpoint import CheckpointError
+from dllmquant.export import ExportError, export_model
 from dllmquant.generation import generate
 from dllmquant.integrations import transformers as _plugin  # noqa: F401 - registers the quantization method
 from dllmquant.models import ModelAdapter, register_adapter
@@ -16,11 +17,13 @@ from dllmquant.recipe import Recipe, RecipeError
 __all__ = [
     "CheckpointError",
     "DLLMQuantizer",
+    "ExportError",
     "ModelAdapter",
     "Recipe",
     "RecipeError",
     "__version__",
     "bundled",
+    "export_model",
     "generate",
     "register_adapter",
 ]

@@ -5,14 +5,11 @@ A checkpoint is a transformers directory. Layout version 1: a packed layer store
 (uint8, packed like the codes) and, if it has one, `bias`; `config.json` says which layers are packed and how.
 """
 
-import shutil
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 
+from dllmquant.atomic import write_atomically as write_atomically
 from dllmquant.nn.attention import AttentionQuantizer
 from dllmquant.nn.linear import QuantLinear
 
@@ -30,34 +27,6 @@ def check_format_version(version: object) -> None:
             f"quantization_config.format_version is {version!r}; this dllmquant reads {FORMAT_VERSION}. "
             "A newer checkpoint needs a newer dllmquant."
         )
-
-
-def write_atomically(directory: Path, write: Callable[[Path], object]) -> None:
-    """Writes a checkpoint so that an interrupted write is never mistaken for one.
-
-    Everything is written into a temporary directory beside the target first. The target's old configuration and
-    weight files then go, the new files move in, and `config.json`, without which nothing loads, moves last.
-
-    Args:
-        directory: Target; made if it does not exist. Other files in it are kept.
-        write: Writes the whole checkpoint into the directory it is given.
-
-    Raises:
-        OSError: The target is a file or cannot be written.
-    """
-    if directory.is_file():
-        raise FileExistsError(f"{directory} is a file; a checkpoint needs a directory")
-    directory.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.resolve().parent))
-    try:
-        write(staging)
-        stale = [directory / "config.json", *directory.glob("model*.safetensors"), *directory.glob("model*.index.json")]
-        for path in stale:
-            path.unlink(missing_ok=True)
-        for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
-            path.replace(directory / path.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -49,15 +49,47 @@ def generate_tokens(
         seed: Seed of Gumbel noise and random remasking.
         record: Whether to record every denoising step.
         progress: Whether to show a progress bar.
-        **sampler: Fields of `SamplerConfig` that override the checkpoint's defaults; None keeps the default.
+        **sampler: Settings of the family's sampler that override the checkpoint's defaults; None keeps the default.
 
     Raises:
         ValueError: The model is not a registered diffusion LLM, a sampler setting is unknown or invalid, or a prompt
             is empty.
     """
+    adapter_for(model).sampler_config(model.config, **sampler)  # wrong settings are found before the prompts are read
+    rows = encode_prompts(tokenizer, prompts)
+    options = {"batch_size": batch_size, "seed": seed, "record": record, "progress": progress, **sampler}
+    return generate_from_ids(model, tokenizer, rows, **options)
+
+
+def generate_from_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 64,
+    seed: int = 0,
+    record: bool = False,
+    progress: bool = False,
+    **sampler: Any,
+) -> Generation:
+    """Does what `generate_tokens` does with prompts that are token ids already.
+
+    Args:
+        model: A diffusion LLM of a registered family.
+        tokenizer: Its tokenizer; must have an EOS token.
+        rows: Token ids of each prompt; a prompt may be empty.
+        batch_size: As for `generate_tokens`.
+        seed: As for `generate_tokens`.
+        record: As for `generate_tokens`.
+        progress: As for `generate_tokens`.
+        **sampler: As for `generate_tokens`.
+
+    Raises:
+        ValueError: The model is not a registered diffusion LLM, a sampler setting is unknown or invalid, there is no
+            prompt, or a prompt contains the mask token.
+    """
     adapter = adapter_for(model)
     config = adapter.sampler_config(model.config, **sampler)
-    rows = encode_prompts(tokenizer, prompts)
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError("tokenizer: it has no EOS token, so generations have no end")

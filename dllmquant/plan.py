@@ -85,12 +85,19 @@ def make_plan(model: nn.Module, adapter: ModelAdapter, recipe: Recipe) -> Plan:
 def _input_transforms(adapter: ModelAdapter, recipe: Recipe) -> dict[str, InputTransformSettings]:
     """Returns the input transform of every group that has one, by the group's first layer."""
     sites = [group[0] for group in adapter.linear_groups]
+    other_names = dict(adapter.site_names)
     chosen: dict[str, InputTransformSettings] = {}
     for transform in recipe.transforms:
         if isinstance(transform, InputTransformSettings):
-            for site in sites if transform.sites is None else transform.sites:
+            for name in sites if transform.sites is None else transform.sites:
+                site = other_names.get(name, name)
                 if site not in sites:
-                    raise RecipeError(f"transforms: {transform.kind}.sites: {site!r}; valid: {', '.join(sites)}")
+                    raise RecipeError(f"transforms: {transform.kind}.sites: {name!r}; valid: {', '.join(sites)}")
+                if site in chosen:
+                    raise RecipeError(
+                        f"transforms: {transform.kind}.sites: {name!r} has a {chosen[site].kind} already; "
+                        "valid: one transform per input"
+                    )
                 chosen[site] = transform
     return chosen
 

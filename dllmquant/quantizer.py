@@ -1,6 +1,7 @@
 """`DLLMQuantizer`: a recipe applied to a model, in the shape Optimum gives quantizers."""
 
 import logging
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from dllmquant.calibration import (
     collect_states,
     prompts_needed,
 )
+from dllmquant.integrations.saving import extend_saving
 from dllmquant.integrations.transformers import (
     DLLMQuantConfig,
     DLLMQuantHfQuantizer,
@@ -47,6 +49,10 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         model = AutoModel.from_pretrained(dllmquant.bundled("llada-tiny"))
         DLLMQuantizer("dllmquant-w4a4").quantize(model).save_pretrained("out")
 
+    or, with the calls that Optimum's quantizers have:
+
+        DLLMQuantizer.from_pretrained("GSAI-ML/LLaDA-8B-Instruct", recipe="dllmquant-w4a4").quantize("out")
+
     Attributes:
         recipe: The resolved recipe.
         reports: After `quantize`: one `LayerReport` per packed layer, in execution order.
@@ -68,6 +74,7 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         self.states: CalibrationStates | None = None
         self.allocation: tuple[SiteBits, ...] = ()
         self._model: PreTrainedModel | str | None = None
+        self._load_options: dict[str, Any] = {}
 
     @classmethod
     def from_pretrained(
@@ -76,39 +83,60 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         file_name: str | None = None,
         *,
         recipe: Recipe | str | Path | dict[str, Any] = "dllmquant-w4a4",
+        **load_options: Any,
     ) -> Self:
-        """Binds a quantizer to a model, as Optimum's quantizers do; `quantize(save_dir=...)` then needs no model.
+        """Binds a quantizer to a model, as Optimum's quantizers do; `quantize(save_dir)` then needs no model.
+
+        Args:
+            model_or_path: A model, or the path or hub id of one, which `quantize` loads.
+            file_name: Must be None; part of Optimum's signature.
+            recipe: As for `DLLMQuantizer`.
+            **load_options: As for `AutoModel.from_pretrained`, such as `dtype` or `device_map`; for a path or hub id.
 
         Raises:
             RecipeError: The recipe is not valid.
-            ValueError: `file_name` was given; checkpoints are directories.
+            ValueError: `file_name` was given, or `load_options` with a model that is loaded already.
         """
         if file_name is not None:
             raise ValueError(f"file_name={file_name!r}: dllmquant reads whole checkpoint directories; leave it None")
         quantizer = cls(recipe)
-        quantizer._model = model_or_path if isinstance(model_or_path, PreTrainedModel) else str(model_or_path)
+        if not isinstance(model_or_path, PreTrainedModel):
+            quantizer._model, quantizer._load_options = str(model_or_path), load_options
+        elif load_options:
+            raise ValueError(
+                f"{', '.join(load_options)}: has no effect on a model that is loaded already; leave it out"
+            )
+        else:
+            quantizer._model = model_or_path
         return quantizer
 
     def quantize(
         self,
-        model: PreTrainedModel | str | Path | None = None,
+        model_or_save_dir: PreTrainedModel | str | Path | None = None,
+        /,
+        file_prefix: str | None = None,
         *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        model: PreTrainedModel | str | Path | None = None,
+        tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
         prompts: Sequence[Prompt] | None = None,
         states: CalibrationStates | None = None,
         seed: int | None = None,
         save_dir: str | Path | None = None,
-        file_prefix: str | None = None,
         progress: bool = True,
     ) -> PreTrainedModel:
         """Quantizes a model **in place** and returns it: no second copy is made.
+
+        The first argument is the model; or the directory to save to, as Optimum calls quantizers, if `from_pretrained`
+        bound this quantizer to a model. `model=` and `save_dir=` say the same by name.
 
         If anything fails before the first block is solved, the model is left as it was. Transforms that are folded into
         the weights would break that promise, so recipes that have them write the weights to a temporary file first.
 
         Args:
-            model: The 16- or 32-bit model, or the path or hub id of one; None uses the one of `from_pretrained`.
-            tokenizer: Its tokenizer; None loads the one saved with the model.
+            model_or_save_dir: `model`, or `save_dir` of a quantizer that is bound to a model.
+            file_prefix: Must be None; part of Optimum's signature.
+            model: The 16- or 32-bit model, or the path or hub id of one; None if `from_pretrained` was given it.
+            tokenizer: Its tokenizer, or the path or hub id of one; None loads the one saved with the model.
             prompts: Calibration prompts, or (prompt, completion) pairs, in your own domain; None uses built-in
                 word problems, programs and stories.
             states: Calibration states made before by a quantizer with the same calibration settings, such as its
@@ -116,7 +144,6 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
                 first pass.
             seed: Replaces the recipe's seed.
             save_dir: Where to save model and tokenizer; None saves nothing.
-            file_prefix: Must be None; part of Optimum's signature.
             progress: Whether to show progress bars.
 
         Returns:
@@ -125,20 +152,25 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
 
         Raises:
             RecipeError: The recipe does not fit the model.
-            ValueError: The model is not a known diffusion LLM, is quantized already or holds NaN; there are too few
-                prompts; or a solver failed.
+            ValueError: Model or directory are given twice, or no model is; the model is not a known diffusion LLM, is
+                quantized already or holds NaN; there are too few prompts; or a solver failed.
         """
         if file_prefix is not None:
             raise ValueError(f"file_prefix={file_prefix!r}: transformers names checkpoint files; leave it None")
-        target = self._loaded(model)
+        source, save_dir = self._source_and_directory(model_or_save_dir, model, save_dir)
+        target = self._loaded(source)
         adapter, plan = self._checked(target)
         recipe = self.recipe if seed is None else Recipe.load(self.recipe.to_dict() | {"seed": seed})
         if recipe.calibration is None and (prompts is not None or states is not None):
             raise ValueError(f"prompts, states: recipe {recipe.name!r} uses no calibration data; leave them None")
         job = _Job(target, adapter, plan, recipe, progress)
-        if recipe.calibration is not None and (states is None or recipe.calibration.states == "closed_loop"):
-            tokenizer = tokenizer or _saved_tokenizer(target)
-            job.source = tokenizer, self._prompts(prompts, recipe)
+        needs_prompts = recipe.calibration is not None and (
+            states is None or recipe.calibration.states == "closed_loop"
+        )
+        if needs_prompts or save_dir is not None:
+            tokenizer = _tokenizer(tokenizer, target)
+            if needs_prompts:
+                job.source = tokenizer, self._prompts(prompts, recipe)
 
         was_training = target.training
         target.eval()
@@ -150,9 +182,96 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         self.reports, self.states, self.allocation = job.reports, job.states, job.allocation
         _attach_config(job)
         if save_dir is not None:
-            target.save_pretrained(save_dir)
-            (tokenizer or _saved_tokenizer(target)).save_pretrained(save_dir)
+            self.save(target, save_dir, tokenizer=tokenizer)
         return target
+
+    def quantize_model(
+        self,
+        model: PreTrainedModel | str | Path,
+        tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+        **options: Any,
+    ) -> PreTrainedModel:
+        """Does what `quantize(model, tokenizer=tokenizer, **options)` does; Optimum's GPTQ quantizer calls it so."""
+        return self.quantize(model=model, tokenizer=tokenizer, **options)
+
+    def save(
+        self,
+        model: PreTrainedModel,
+        save_dir: str | Path,
+        max_shard_size: int | str = "50GB",
+        safe_serialization: bool = True,
+        *,
+        tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        """Saves a model that this or another quantizer packed, with its tokenizer and a model card.
+
+        Args:
+            model: The quantized model.
+            save_dir: Directory of the checkpoint.
+            max_shard_size: Largest size of a weight file.
+            safe_serialization: Must be True; part of the signature of Optimum's GPTQ quantizer.
+            tokenizer: The tokenizer; None takes the one saved with the model, and leaves it out if there is none.
+            **options: As for the model's `save_pretrained`, such as `evaluation`: results for the model card.
+
+        Raises:
+            ValueError: The model is not quantized, `safe_serialization` is False, or a tokenizer that was named cannot
+                be loaded.
+            OSError: The directory is a file or cannot be written.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False: only safetensors are written; valid: True")
+        if not isinstance(getattr(model.config, "quantization_config", None), DLLMQuantConfig):
+            raise ValueError("model: it is not quantized by dllmquant; valid: a model that quantize returned")
+        found = None
+        try:
+            found = _tokenizer(tokenizer, model)
+        except ValueError as error:
+            if tokenizer is not None:
+                raise
+            logger.warning("%s gets no tokenizer: %s", save_dir, error)
+        model.save_pretrained(save_dir, max_shard_size=max_shard_size, **options)
+        if found is not None:
+            found.save_pretrained(save_dir)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what makes a quantizer, as JSON-compatible values; `from_dict` restores it."""
+        return {"recipe": self.recipe.to_dict()}
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> Self:
+        """Makes a quantizer of what `to_dict` returned.
+
+        Raises:
+            RecipeError: The recipe is not valid.
+            ValueError: The keys are not those of `to_dict`.
+        """
+        if set(document) != {"recipe"}:
+            raise ValueError(f"quantizer: keys {sorted(document)}; valid: recipe")
+        return cls(document["recipe"])
+
+    def _source_and_directory(
+        self,
+        first: PreTrainedModel | str | Path | None,
+        model: PreTrainedModel | str | Path | None,
+        save_dir: str | Path | None,
+    ) -> tuple[PreTrainedModel | str | Path, str | Path | None]:
+        """Returns the model and where to save it, by the rule of `quantize`."""
+        if self._model is None:
+            if first is not None and model is not None:
+                raise ValueError("model: given twice, as the first argument and by name; give one")
+            source = first if model is None else model
+            if source is None:
+                raise ValueError("model: none given; pass one, or bind one with DLLMQuantizer.from_pretrained")
+            return source, save_dir
+        if model is not None or isinstance(first, PreTrainedModel):
+            raise ValueError(
+                "model: this quantizer is bound to one by from_pretrained; leave it out, or pass it to a quantizer "
+                "made by DLLMQuantizer(recipe)"
+            )
+        if first is not None and save_dir is not None:
+            raise ValueError(f"save_dir: given twice, as {str(first)!r} and as {str(save_dir)!r}; give one")
+        return self._model, save_dir if first is None else first
 
     @staticmethod
     def _prompts(prompts: Sequence[Prompt] | None, recipe: Recipe) -> Sequence[Prompt]:
@@ -165,14 +284,11 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         check_prompts(prompts, needed)
         return prompts
 
-    def _loaded(self, model: PreTrainedModel | str | Path | None) -> PreTrainedModel:
-        model = self._model if model is None else model
-        if model is None:
-            raise ValueError("model: none given; pass one, or bind one with DLLMQuantizer.from_pretrained")
-        if isinstance(model, str | Path):
-            loaded: PreTrainedModel = AutoModel.from_pretrained(str(model))
-            return loaded
-        return model
+    def _loaded(self, source: PreTrainedModel | str | Path) -> PreTrainedModel:
+        if isinstance(source, PreTrainedModel):
+            return source
+        loaded: PreTrainedModel = AutoModel.from_pretrained(str(source), **self._load_options)
+        return loaded
 
     def _checked(self, model: PreTrainedModel) -> tuple[ModelAdapter, Plan]:
         """Checks that this recipe can be applied to this model."""
@@ -269,9 +385,11 @@ def _left_untouched_on_failure(model: PreTrainedModel, recipe: Recipe) -> Iterat
             raise
 
 
-def _saved_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer saved with the model."""
-    path = model.config._name_or_path
+def _tokenizer(given: PreTrainedTokenizerBase | str | Path | None, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """Returns the given tokenizer, loaded if it is a path or hub id, or else the one saved with the model."""
+    if given is not None and not isinstance(given, str | Path):
+        return given
+    path = model.config._name_or_path if given is None else str(given)
     if not path:
         raise ValueError("tokenizer: the model was not loaded from a checkpoint; pass tokenizer=")
     try:
@@ -279,6 +397,12 @@ def _saved_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer: none can be loaded from {path!r}; pass tokenizer= ({error})") from error
     return tokenizer
+
+
+def _hub_id(model: PreTrainedModel) -> str | None:
+    """Returns the hub id a model was loaded from; None if it came from elsewhere."""
+    path: str = model.config._name_or_path
+    return path if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).exists() else None
 
 
 def _attach_config(job: _Job) -> None:
@@ -296,9 +420,11 @@ def _attach_config(job: _Job) -> None:
         attention={name: describe_attention(found) for name, found in attention.items() if found is not None},
         coverage=None if states is None or states.coverage is None else states.coverage.to_dict(),
         allocation=[asdict(entry) for entry in job.allocation],
+        base_model=_hub_id(model),
     )
     model.config.quantization_config = config
     # transformers sets these two on models it loads quantized; its annotations know modules and tensors only.
     model.hf_quantizer = DLLMQuantHfQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
     model.is_quantized = True  # type: ignore[assignment]
     model.config.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    extend_saving(model)

@@ -74,7 +74,8 @@ class Recipe(Section):
             )
         if self.calibration is not None and not users:
             raise ValueError("calibration: nothing in this recipe uses data; set calibration to null")
-        if self.token_weights.kind in ("cgq", "cgq_text", "frontier") and self.calibration and self.calibration.states == "clean":
+        weighs_masks = self.token_weights.kind in ("cgq", "cgq_text", "frontier")
+        if weighs_masks and self.calibration and self.calibration.states == "clean":
             raise ValueError(
                 f"token_weights.kind: {self.token_weights.kind!r} weighs mask states, which calibration.states 'clean' "
                 "does not have; valid: 'uniform', 'interaction', or other states"

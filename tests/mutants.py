@@ -39,7 +39,12 @@ MUTANTS = [
     Mutant("weight-not-rooted", "core/stats", "rows * w.sqrt()[:, None]", "rows * w[:, None]"),
     Mutant("weights-ignored", "core/stats", "rows * w.sqrt()[:, None]", "rows"),
     Mutant("padding-not-excluded", "core/stats", "used = w > 0", "used = w >= 0"),
-    Mutant("padding-weight-ignored", "core/stats", "weights.reshape(-1).to(self._sum)", "torch.ones_like(rows[:, 0])"),
+    Mutant(
+        "padding-weight-ignored",
+        "core/stats",
+        "return rows, w[used], used",
+        "return rows, torch.ones_like(w[used]), used",
+    ),
     Mutant("mean-over-tokens", "core/stats", "self._sum / self.total_weight", "self._sum / self.tokens"),
     Mutant("merge-forgets", "core/stats", "self.total_weight += other.total_weight", "pass"),
     Mutant("state-is-shared", "core/stats", ".to(self._sum, copy=True)", ".to(self._sum)"),
@@ -248,18 +253,13 @@ MUTANTS = [
     Mutant(
         "softmax-levels-off-by-one",
         "core/attention",
-        "torch.round(p / upper * top)",
-        "torch.round(p / upper * (top + 1))",
+        "(p / upper).mul_(top)",
+        "(p / upper).mul_(top + 1)",
     ),
-    Mutant("softmax-not-clamped", "core/attention", ".clamp(max=top) * (upper / top)", " * (upper / top)"),
-    Mutant(
-        "log2-middle-of-logarithms",
-        "core/attention",
-        "(levels[:-1] + levels[1:]) / 2",
-        "(levels[:-1] * levels[1:]).sqrt()",
-    ),
-    Mutant("log2-smallest-not-zeroed", "core/attention", "torch.tensor([0.0, *(", "torch.tensor([1e-9, *("),
-    Mutant("log2-without-upper-end", "core/attention", "right=True)] * upper", "right=True)]"),
+    Mutant("softmax-not-clamped", "core/attention", ".clamp_(max=top)", ""),
+    Mutant("log2-middle-of-logarithms", "core/attention", "(1 + 2.0**-octaves) / 2", "2.0 ** (-octaves / 2)"),
+    Mutant("log2-smallest-not-zeroed", "core/attention", ".masked_fill_(zero, 0.0)", ""),
+    Mutant("log2-without-upper-end", "core/attention", ".exp2_().mul_(upper)", ".exp2_()"),
     Mutant("row-ends-ignored", "nn/attention", "upper = row_ends(probabilities)", "upper = torch.ones(1)"),
     Mutant(
         "row-search-takes-fixed", "core/softmax_search", "(*self.ends, row_ends(probabilities))", "(*self.ends, 1.0)"
@@ -283,7 +283,7 @@ MUTANTS = [
         "weighted = probabilities if weights is None else probabilities * weights.to(probabilities)[..., None]",
         "weighted = probabilities",
     ),
-    Mutant("softmax-search-takes-worst", "core/softmax_search", "table.argmin(0)", "table.argmax(0)"),
+    Mutant("softmax-search-takes-worst", "core/softmax_search", "table[:-1].argmin(0)", "table[:-1].argmax(0)"),
     Mutant(
         "softmax-search-grids-swapped",
         "core/softmax_search",
@@ -346,19 +346,22 @@ MUTANTS = [
         "square().sum(dtype=torch.float64)",
     ),
     Mutant("site-merge-forgets-signal", "core/iaaq", "self._signal += other._signal.to(self._signal)", "pass"),
-    Mutant("bool-mask-inverted", "nn/sdpa", "masked_fill(~part,", "masked_fill(part,"),
-    Mutant("float-mask-ignored", "nn/sdpa", "else scores + part.to(wide)", "else scores"),
-    Mutant("empty-rows-are-nan", "nn/sdpa", ".masked_fill(empty, 0.0)", ""),
-    Mutant(
-        "scale-ignored", "nn/sdpa", "key.transpose(1, 2) * self.scale", "key.transpose(1, 2) * query.shape[2] ** -0.5"
-    ),
+    Mutant("bool-mask-inverted", "nn/sdpa", "hidden = ~own if", "hidden = own if"),
+    Mutant("float-mask-ignored", "nn/sdpa", "else scores + own.to(wide)", "else scores"),
+    Mutant("empty-rows-are-nan", "nn/sdpa", ".masked_fill_(empty, 0.0)", ""),
+    Mutant("scale-ignored", "nn/sdpa", ".transpose(1, 2) * self.scale", ".transpose(1, 2) * query.shape[2] ** -0.5"),
     Mutant(
         "heads-and-sequences-swapped",
         "nn/sdpa",
         "item, head = rows // heads, rows % heads",
         "head, item = rows // batch, rows % batch",
     ),
-    Mutant("grouped-heads-interleaved", "nn/sdpa", "(head // (heads // tensor.shape[1])", "(head % tensor.shape[1]"),
+    Mutant(
+        "grouped-heads-interleaved",
+        "nn/sdpa",
+        "tensor.repeat_interleave(heads // tensor.shape[1], dim=1)",
+        "tensor.repeat(1, heads // tensor.shape[1], 1, 1)",
+    ),
     Mutant("causal-mask-strict", "nn/sdpa", ".tril()", ".tril(-1)"),
     Mutant(
         "softmax-in-bfloat16", "nn/sdpa", "torch.promote_types(self.query.dtype, torch.float32)", "self.query.dtype"
@@ -645,4 +648,28 @@ MUTANTS = [
         "class InputTransform(FixedDtypeModule)",
         "class InputTransform(torch.nn.Module)",
     ),
+    Mutant("last-step-leaves-masks", "decoding/schedule", "    fractions[-1] = 1.0\n", ""),
+    Mutant("share-of-all-time", "decoding/schedule", "1 - times[1:] / times[:-1]", "times[:-1] - times[1:]"),
+    Mutant("top-p-cuts-what-reaches-it", "decoding/ranking", ".cumsum(dim=-1).roll(1, dims=-1)", ".cumsum(dim=-1)"),
+    Mutant("top-k-cuts-the-last", "decoding/ranking", "logits < logits.topk", "logits <= logits.topk"),
+    Mutant(
+        "temperature-inverted", "decoding/ranking", "logits = logits / temperature", "logits = logits * temperature"
+    ),
+    Mutant("margin-without-the-second", "decoding/ranking", "return first - second", "return first"),
+    Mutant("least-sure-first", "decoding/ranking", "return -entropy", "return entropy"),
+    Mutant(
+        "ranks-of-the-model-itself",
+        "decoding/ranking",
+        "restrict(logits[mask], temperature=temperature,",
+        "restrict(logits[mask],",
+    ),
+    Mutant(
+        "rank-temperature-inverted",
+        "decoding/ranking",
+        "measured / ranking_temperature",
+        "measured * ranking_temperature",
+    ),
+    Mutant("impossible-tokens-drawn", "decoding/ranking", "right=True", "right=False"),
+    Mutant("empty-steps-run", "decoding/timesteps", "canvas.view(counts > 0)", "canvas.view(counts >= 0)"),
+    Mutant("origin-keeps-instead", "decoding/timesteps", "(noise < fraction)", "(noise > fraction)"),
 ]

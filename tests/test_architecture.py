@@ -45,13 +45,17 @@ LAYERS = (
     Layer("dllmquant.decoding", frozenset({"dllmquant.decoding", "torch", "tqdm"})),
 )
 RESERVED = (
-    Reserved("dllmquant.cli", frozenset({"dllmquant.cli", "dllmquant.__main__"})),
+    Reserved("dllmquant.cli", frozenset({"dllmquant.cli", "dllmquant.__main__", "dllmquant.integrations.optimum_cli"})),
     Reserved("dllmquant.lab", frozenset({"dllmquant.lab", "dllmquant.cli"})),
+    Reserved("compressed_tensors", frozenset({"dllmquant.export.compressed_tensors"})),
+    Reserved("lm_eval", frozenset({"dllmquant.integrations.lm_eval"})),
+    Reserved("dllmquant.integrations.lm_eval", frozenset({"dllmquant.integrations.lm_eval"})),
     Reserved(
         "transformers",
         frozenset(
             {
                 "dllmquant.models",
+                "dllmquant.export",
                 "dllmquant.integrations",
                 "dllmquant.lab",
                 "dllmquant.tasks",

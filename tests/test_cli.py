@@ -19,19 +19,22 @@ from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
 import dllmquant
-from dllmquant import DLLMQuantizer, Recipe, cli
+from dllmquant import DLLMQuantizer, Recipe
 from dllmquant.calibration import load_prompts
+from dllmquant.cli.app import app
+from dllmquant.cli.generate import _prompts_from_stdin
+from dllmquant.cli.loading import find_model
 from dllmquant.lab import demo as demo_module
 from dllmquant.lab.evaluate import Evaluation, evaluate
 from dllmquant.lab.inspection import checkpoint_bits, checkpoint_coverage
 from tests.tiny import save_tiny, tiny_recipe
 
-COMMANDS = ("demo", "quantize", "generate", "eval", "ablate", "recipes", "inspect")
+COMMANDS = ("demo", "quantize", "generate", "eval", "ablate", "recipes", "models", "inspect")
 PROMPT = "q: tom has 7 apples. tom buys 5 more. how many remain? a:"
 
 
 def run(*arguments: object, stdin: str | None = None):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], input=stdin)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
 
 
 def succeeds(*arguments: object, stdin: str | None = None) -> str:
@@ -73,10 +76,10 @@ def quantized(model: Path, recipe_file: Path, tmp_path_factory: pytest.TempPathF
 def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes it a failure to load a model."""
 
-    def load(*_: object) -> None:
+    def load(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded before its inputs were checked")
 
-    monkeypatch.setattr(cli, "_load_model", load)
+    monkeypatch.setattr(AutoModel, "from_pretrained", load)
 
 
 # help
@@ -87,13 +90,13 @@ def test_help_teaches_by_an_example(command: str) -> None:
     text = succeeds(command, "--help")
     assert "For example:" in text
     assert f"      dllmquant {command}" in text
-    parsed = typer.main.get_command(cli.app).commands[command]  # type: ignore[attr-defined]
+    parsed = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
     for parameter in parsed.params:
         assert parameter.help, f"{command} {parameter.name} has no help"
 
 
 def _examples() -> list[str]:
-    callbacks = [info.callback for info in cli.app.registered_commands]
+    callbacks = [info.callback for info in app.registered_commands]
     documents = [callback.__doc__ or "" for callback in callbacks if callback is not None]
     return [line.strip() for text in documents for line in text.splitlines() if line.startswith("        dllmquant")]
 
@@ -101,7 +104,7 @@ def _examples() -> list[str]:
 @pytest.mark.parametrize("example", _examples())
 def test_examples_of_the_help_parse(example: str) -> None:
     words = shlex.split(re.split(r" [<>] ", example)[0])[1:]
-    group = typer.main.get_command(cli.app)
+    group = typer.main.get_command(app)
     with group.make_context("dllmquant", list(words)) as context:
         name, command, rest = group.resolve_command(context, list(words))  # type: ignore[attr-defined]
         assert name in COMMANDS
@@ -241,7 +244,7 @@ def odd_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("nobody/such-model", "model: nobody/such-model cannot be read: "),
         ("{odd}/empty", "empty holds no config.json"),
         ("{odd}/file", "file is a file; give the checkpoint's directory"),
-        ("{odd}/bert", "bert is a 'bert'; valid diffusion LLMs: llada"),
+        ("{odd}/bert", "bert is a 'bert'; valid diffusion LLMs: Dream, llada"),
         ("{odd}/alien", "alien cannot be read: "),
         ("{odd}/broken", "broken cannot be read: "),
     ],
@@ -296,7 +299,7 @@ def test_prompts_to_generate_from_are_checked_first(model: Path) -> None:
 def test_no_prompts_at_a_terminal(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     with pytest.raises(ValueError, match="prompt: none given"):
-        cli._prompts_from_stdin()
+        _prompts_from_stdin()
 
 
 def test_debug_shows_the_traceback() -> None:
@@ -455,7 +458,7 @@ def test_prompts_in_the_chat_template(
 
 def test_bundled_models_are_found_by_name(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     monkeypatch.setattr("dllmquant.assets._ASSETS", model.parent)
-    source, config = cli._find_model("tiny")
+    source, config = find_model("tiny")
     assert Path(source) == model
     assert config.model_type == "llada"
 
@@ -604,6 +607,17 @@ def test_eval_writes_what_python_measures(model: Path, earlier: tuple[Path, str]
         assert re.search(rf"^{task} +4 +{100 * score.accuracy:.1f}% +\[", text, re.MULTILINE)
     assert f"wrote {path}" in text
     assert "paired" not in text
+
+
+def test_eval_takes_the_settings_of_a_preset(model: Path, tmp_path: Path) -> None:
+    options = ["--tasks", "qa", "--limit", 1, "--json", tmp_path / "x.json"]
+    succeeds("eval", model, *options, "--preset", "qdlm-mmlu")
+    assert Evaluation.load(tmp_path / "x.json").metadata["mc_num"] == 1
+    succeeds("eval", model, *options, "--preset", "qdlm-gsm8k", "--mc-num", 2, "--steps", 64)
+    found = Evaluation.load(tmp_path / "x.json")
+    assert found.metadata["mc_num"] == 2
+    assert [found.sampler[name] for name in ("gen_length", "steps", "block_length")] == [256, 64, 32]
+    assert "preset: unknown 'qdlm'; valid: qdlm-qa" in fails("eval", model, "--preset", "qdlm")
 
 
 def test_eval_compares_with_an_earlier_run(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from dllmquant.models import LLaDAConfig, LLaDAModelLM
+from dllmquant.models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
 from dllmquant.tasks.tokenizer import build_tokenizer
 
 
@@ -57,3 +57,28 @@ def tiny_recipe(**changes: Any) -> dict[str, Any]:
         else:
             recipe[key] = value
     return recipe
+
+
+def tiny_dream(seed: int = 0, **config: Any) -> DreamModel:
+    """A random Dream as `tiny_llada` is a random LLaDA: grouped heads, biases, decoding 8 tokens in 6 steps."""
+    tokenizer = tiny_tokenizer()
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "vocab_size": len(tokenizer),
+        "mask_token_id": tokenizer.mask_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "initializer_range": 0.15,
+        "sampler_defaults": {"steps": 6, "gen_length": 8},
+    }
+    torch.manual_seed(seed)
+    model = DreamModel(DreamConfig(**settings | config)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:  # as far from their initial values as trained ones
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dllmquant._version import __version__
-from dllmquant.decoding import SamplerConfig, Trajectory
+from dllmquant.decoding import AnySamplerConfig, Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def cache_directory(cache: str | Path) -> Path:
 def trajectory_key(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
-    config: SamplerConfig,
+    config: AnySamplerConfig,
     *,
     seed: int,
     special_ids: Mapping[str, int | None],

@@ -86,7 +86,7 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
             f"unconditional has shape {tuple(unconditional.shape)}; "
             f"valid: the shape of conditional, {tuple(conditional.shape)}"
         )
-    given, free = _widen(conditional), _widen(unconditional)
+    given, free = widen(conditional), widen(unconditional)
     guided = free + (scale + 1.0) * (given - free)
     return guided.masked_fill(given == _NEVER, _NEVER)
 
@@ -132,7 +132,7 @@ def gumbel_argmax(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; valid: a number above 0 (at 0, take the argmax)")
-    _check_noise("uniform", uniform, tuple(logits.shape))
+    check_noise("uniform", uniform, tuple(logits.shape))
     gumbel = -torch.log(-torch.log(uniform))
     return (logits.to(torch.float64) + temperature * gumbel).argmax(dim=-1)
 
@@ -169,7 +169,7 @@ def propose(
         ValueError: If shapes or dtypes do not match, ``uniform`` is missing or superfluous, ``random_score`` is
             combined with ``deferred``, or a deferred token lies outside the vocabulary.
     """
-    _check_step(logits, mask, active)
+    check_step(logits, mask=mask, active=active)
     if (temperature > 0) != (uniform is not None):
         raise ValueError(
             f"uniform is {'missing' if uniform is None else 'given'} at temperature {temperature}; "
@@ -178,18 +178,18 @@ def propose(
     if random_score is not None and deferred:
         raise ValueError(f"deferred is {tuple(deferred)} with random_score; valid: (), random scores defer nothing")
 
-    logits = _widen(logits)
+    logits = widen(logits)
     eligible = mask & active
     tokens = logits.argmax(dim=-1)
     if uniform is not None:
         tokens[eligible] = gumbel_argmax(logits[eligible], temperature, uniform)
-    confidence = _probability(logits, tokens)
+    confidence = probability(logits, tokens)
     score = confidence
     if deferred:
         is_deferred = torch.isin(tokens, torch.tensor(list(deferred), device=tokens.device))
-        score = _probability(forbid(logits, deferred), tokens).masked_fill(is_deferred, 0.0)
+        score = probability(forbid(logits, deferred), tokens).masked_fill(is_deferred, 0.0)
     if random_score is not None:
-        _check_noise("random_score", random_score, (int(eligible.sum()),))
+        check_noise("random_score", random_score, (int(eligible.sum()),))
         score = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
         score[eligible] = random_score
     return Candidates(tokens, confidence, score.masked_fill(~eligible, _NEVER))
@@ -250,20 +250,23 @@ def _rank(score: Tensor) -> Tensor:
     return score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 
 
-def _widen(logits: Tensor) -> Tensor:
+def widen(logits: Tensor) -> Tensor:
+    """Logits in float32, or in float64 if they are."""
     return logits if logits.dtype == torch.float64 else logits.to(torch.float32)
 
 
-def _probability(logits: Tensor, tokens: Tensor) -> Tensor:
+def probability(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The softmax probability ``[...]`` of ``tokens`` ``[...]`` under ``logits`` ``[..., V]``."""
     return logits.softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def _check_step(logits: Tensor, mask: Tensor, active: Tensor) -> None:
+def check_step(logits: Tensor, **positions: Tensor) -> None:
+    """Raise ``ValueError`` unless logits are floating ``[B, L, V]`` and every other tensor is bool ``[B, L]``."""
     if logits.dim() != 3 or not logits.dtype.is_floating_point:
         raise ValueError(
             f"logits has shape {tuple(logits.shape)} and dtype {logits.dtype}; valid: a floating tensor [B, L, V]"
         )
-    for name, value in (("mask", mask), ("active", active)):
+    for name, value in positions.items():
         if value.shape != logits.shape[:2] or value.dtype != torch.bool:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}; "
@@ -278,7 +281,8 @@ def _check_state(state: Tensor, candidates: Candidates) -> None:
         )
 
 
-def _check_noise(name: str, noise: Tensor, shape: tuple[int, ...]) -> None:
+def check_noise(name: str, noise: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` unless random numbers are float64 of a shape."""
     if tuple(noise.shape) != shape or noise.dtype != torch.float64:
         raise ValueError(
             f"{name} has shape {tuple(noise.shape)} and dtype {noise.dtype}; valid: a float64 tensor of shape {shape}"

@@ -1,4 +1,4 @@
-"""How many tokens a block commits at each of its denoising steps."""
+"""How many masked tokens each denoising step commits."""
 
 import torch
 from torch import Tensor
@@ -35,3 +35,31 @@ def transfer_counts(mask_counts: Tensor, steps: int) -> Tensor:
     counts = mask_counts.to(torch.int64).unsqueeze(1)
     step = torch.arange(steps, device=mask_counts.device)
     return counts // steps + (step < counts % steps).to(torch.int64)
+
+
+def transfer_fractions(steps: int, eps: float) -> Tensor:
+    """The share of the masked tokens that each step along Dream's timesteps commits.
+
+    Time runs from 1 to ``eps`` in equal steps, ``t = 1 - i (1 - eps) / steps``. A token that is masked at ``t`` is
+    still masked at ``s`` with probability ``s / t``, so a step commits the share ``1 - s / t``, and the last step
+    everything. Computed in float32 as Dream's published code does: where share times count is an integer but for
+    rounding, it decides which.
+
+    Args:
+        steps: The number of steps, at least 1.
+        eps: The last time, in (0, 1).
+
+    Returns:
+        float32 ``[steps]`` on the CPU, increasing; the last entry is 1.
+
+    Raises:
+        ValueError: If ``steps`` is below 1 or ``eps`` lies outside (0, 1).
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; valid: an integer of at least 1")
+    if not 0.0 < eps < 1.0:
+        raise ValueError(f"eps is {eps}; valid: a number between 0 and 1")
+    times = torch.linspace(1.0, eps, steps + 1, dtype=torch.float32)
+    fractions = 1 - times[1:] / times[:-1]
+    fractions[-1] = 1.0
+    return fractions

@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dllmquant.checkpoint import FORMAT_VERSION, CheckpointError, check_format_version
 from dllmquant.core.grid import Grid
+from dllmquant.integrations.saving import extend_saving
 from dllmquant.nn.activation import ActivationScheme
 from dllmquant.nn.attention import AttentionQuantizer, AttentionScheme, install, installed
 from dllmquant.nn.linear import QuantLinear
@@ -40,6 +41,7 @@ class DLLMQuantConfig(QuantizationConfigMixin):
             "heads", "value_heads", "channels"}.
         coverage: Where in the denoising process the calibration states lie (`Coverage.to_dict`); None without states.
         allocation: The activation bits IA-AQ gave each site, with the errors it was decided by.
+        base_model: Hub id of the original model; None if it was not loaded from the Hub.
         format_version: Version of the on-disk layout.
         **unknown: Must be empty but for `quant_method`.
 
@@ -58,6 +60,7 @@ class DLLMQuantConfig(QuantizationConfigMixin):
         attention: dict[str, dict[str, Any]] | None = None,
         coverage: dict[str, Any] | None = None,
         allocation: list[dict[str, Any]] | None = None,
+        base_model: str | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
@@ -75,6 +78,7 @@ class DLLMQuantConfig(QuantizationConfigMixin):
         self.attention = attention or {}
         self.coverage = coverage
         self.allocation = allocation or []
+        self.base_model = base_model
         for name in modules:
             self.scheme(name)
         for name in self.attention:
@@ -186,6 +190,7 @@ class DLLMQuantHfQuantizer(HfQuantizer):
             quantizer = installed(model.get_submodule(name))
             assert quantizer is not None
             _checked(f"{name}.attention_quantizer", quantizer.check_scales)
+        extend_saving(model)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Packed models can always be saved."""

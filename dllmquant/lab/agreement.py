@@ -19,14 +19,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dllmquant.decoding import (
-    SamplerConfig,
+    AnySamplerConfig,
     StateBatch,
     Trajectory,
     commit_above_threshold,
     commit_most_confident,
     forbid,
+    greedy_candidates,
     guide,
-    propose,
 )
 from dllmquant.generation import generate_tokens
 from dllmquant.models import adapter_for
@@ -218,7 +218,7 @@ class AgreementReference:
     """
 
     prompts: tuple[str, ...]
-    sampler: SamplerConfig
+    sampler: AnySamplerConfig
     committed: Tensor
     batches: tuple[StateBatch, ...]
     expected: tuple[Tensor, ...]
@@ -243,7 +243,7 @@ def record_agreement(
         prompts: At least one.
         batch_size: Sequences per forward pass.
         prediction_bytes: Memory for the original's predictions; positions are drawn at random beyond it.
-        **sampler: Fields of `SamplerConfig` that override the checkpoint's defaults.
+        **sampler: Settings of the family's sampler that override the checkpoint's defaults.
 
     Raises:
         ValueError: The sampler draws random numbers, or as `dllmquant.generation.generate_tokens`.
@@ -317,13 +317,13 @@ def measure_agreement(
     )
 
 
-def _never(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SamplerConfig) -> tuple[int, ...]:
+def _never(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: AnySamplerConfig) -> tuple[int, ...]:
     """Tokens the sampler never generates."""
     mask_id = adapter_for(model).mask_id(model.config)
     return (mask_id, *((tokenizer.eos_token_id,) if config.logits_eos_inf else ()))
 
 
-def _deferred(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SamplerConfig) -> tuple[int, ...]:
+def _deferred(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: AnySamplerConfig) -> tuple[int, ...]:
     """Tokens the sampler commits last."""
     if not config.confidence_eos_eot_inf:
         return ()
@@ -333,7 +333,7 @@ def _deferred(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, batches: Sequence[StateBatch], config: SamplerConfig) -> Iterator[Tensor]:
+def _logits(model: PreTrainedModel, batches: Sequence[StateBatch], config: AnySamplerConfig) -> Iterator[Tensor]:
     """Per batch, what the sampler would decide on: guided logits of the generation region, [states, gen_length, V]."""
     adapter = adapter_for(model)
     denoise, mask_id = adapter.denoiser(model), adapter.mask_id(model.config)
@@ -355,14 +355,14 @@ def _logits(model: PreTrainedModel, batches: Sequence[StateBatch], config: Sampl
 
 
 def _decisions(
-    logits: Tensor, batch: StateBatch, config: SamplerConfig, deferred: Sequence[int]
+    logits: Tensor, batch: StateBatch, config: AnySamplerConfig, deferred: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """What the sampler commits at each state (-1 elsewhere), and the most likely tokens; [states, gen_length], CPU."""
     region = slice(-config.gen_length, None)
     mask, ids, recorded = (tensor[:, region].to(logits.device) for tensor in (batch.mask, batch.ids, batch.committed))
     block_of_position = torch.arange(config.gen_length, device=logits.device) // config.block_length
     active = block_of_position == batch.block.to(logits.device).unsqueeze(1)
-    candidates = propose(logits, mask, active, deferred=deferred)
+    candidates = greedy_candidates(logits, mask, active, config, deferred=deferred)
     if config.threshold is None:  # the schedule, not the model, says how many: as many as the original's run
         result = commit_most_confident(ids, candidates, recorded.sum(dim=1))
     else:

@@ -182,7 +182,7 @@ def evaluate(
         batch_size: Sequences per forward pass; changes speed, not results, at temperature 0.
         mc_num: Masks drawn per choice for likelihoods.
         progress: Whether to show progress bars.
-        **sampler: Fields of `SamplerConfig` that override the checkpoint's defaults; None keeps the default.
+        **sampler: Settings of the family's sampler that override the checkpoint's defaults; None keeps the default.
 
     Raises:
         ValueError: A task is unknown or named twice, a number is out of range, the model is not a registered

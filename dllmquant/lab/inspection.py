@@ -171,6 +171,7 @@ def _facts(quantization: DLLMQuantConfig, recipe: Recipe, blocks: int) -> list[t
         ("quantized", f"yes, layout version {quantization.format_version}"),
         ("recipe", f"{recipe.name} ({recipe.summary()})"),
         ("protocol", recipe.protocol),
+        *([("base model", quantization.base_model)] if quantization.base_model else []),
         ("library version", quantization.library_version),
         ("seed", str(quantization.seed)),
         ("states hash", quantization.states_hash or "none; the recipe uses no data"),

@@ -86,7 +86,7 @@ def record_reference(
         prompts: At least one.
         batch_size: Sequences per forward pass.
         seed: Seed of the sampler's random numbers.
-        **sampler: Fields of `SamplerConfig` that override the checkpoint's defaults.
+        **sampler: Settings of the family's sampler that override the checkpoint's defaults.
 
     Raises:
         ValueError: As `dllmquant.generation.generate_tokens`.

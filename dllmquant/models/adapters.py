@@ -22,15 +22,31 @@ Supporting a model takes one `ModelAdapter` and one call of `register_adapter`; 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dllmquant.decoding import SamplerConfig
-from dllmquant.decoding.sampler import Denoiser
+from dllmquant.decoding import AnySamplerConfig, Denoiser, SamplerConfig
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A way a family was verified, and the test that does it.
+
+    Attributes:
+        kind: "oracle": its logits equal an independent implementation's; "end-to-end": a tiny instance is quantized,
+            saved, reloaded and generates; "published names": the full-size model has the names and shapes of the
+            published weights, and every linear layer of its blocks is found.
+        how: What was compared or done, in words.
+        test: Where: a test file of the repository and a function in it, as pytest takes them.
+    """
+
+    kind: Literal["oracle", "end-to-end", "published names"]
+    how: str
+    test: str
 
 
 @dataclass(frozen=True)
@@ -49,13 +65,18 @@ class ModelAdapter:
             knows it.
         logits_shift: 0 when logits at a position predict that position; 1 when they predict the next one (Dream).
         attention: "bidirectional" over the whole canvas, or "block_causal".
+        site_names: Other names under which recipes may mean an input, each with the first layer of the group that reads
+            it. The built-in recipes speak of LLaDA's layers.
         scale_pairs: (producer, consumers) relative to a block: norms or linear layers whose output channels can be
             scaled if the consumers' input channels are unscaled, without changing the function.
         residual_outputs: Linear layers, relative to a block, whose output is added to the residual stream.
         final_norm: Path of the norm before the head; it feeds nothing else.
         value_output: (value projection, output projection) of the attention, relative to a block.
         heads: Configuration keys of the number of query heads and of key/value heads.
-        sampler: The family's default sampler settings; `config.sampler_defaults` of a checkpoint overrides them.
+        sampler: The family's sampler and its default settings; `config.sampler_defaults` of a checkpoint overrides
+            them.
+        checkpoints: Hub ids of published checkpoints that belong to the family.
+        verified: How the family was verified.
     """
 
     model_type: str
@@ -67,12 +88,15 @@ class ModelAdapter:
     eot_token: str | None = None
     logits_shift: Literal[0, 1] = 0
     attention: Literal["bidirectional", "block_causal"] = "bidirectional"
+    site_names: tuple[tuple[str, str], ...] = ()
     scale_pairs: tuple[tuple[str, tuple[str, ...]], ...] = ()
     residual_outputs: tuple[str, ...] = ()
     final_norm: str | None = None
     value_output: tuple[str, str] | None = None
     heads: tuple[str, str] | None = None
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    sampler: AnySamplerConfig = field(default_factory=SamplerConfig)
+    checkpoints: tuple[str, ...] = ()
+    verified: tuple[Verification, ...] = ()
 
     def validate(self, model: nn.Module) -> None:
         """Checks every path against `model`.
@@ -103,6 +127,12 @@ class ModelAdapter:
         for field_name, leaves in (("residual_outputs", self.residual_outputs), ("value_output", self.value_output)):
             for leaf in leaves or ():
                 self._resolve(block, leaf, field_name)
+        sites = [group[0] for group in self.linear_groups]
+        for name, leaf in self.site_names:
+            if leaf not in sites:
+                raise ValueError(
+                    f"adapter {self.model_type!r}: site_names: {name!r} is {leaf!r}; valid: {', '.join(sites)}"
+                )
         if self.final_norm is not None:
             self._resolve(model, self.final_norm, "final_norm")
         for key in self.heads or ():
@@ -149,13 +179,14 @@ class ModelAdapter:
             )
         return value
 
-    def sampler_config(self, config: Any, **overrides: Any) -> SamplerConfig:
+    def sampler_config(self, config: Any, **overrides: Any) -> AnySamplerConfig:
         """Returns the sampler settings: the family's, then the checkpoint's own, then `overrides` that are not None.
 
         Raises:
             ValueError: A setting is unknown or settings do not fit together.
         """
-        known = SamplerConfig.__dataclass_fields__
+        kind = type(self.sampler)
+        known = tuple(setting.name for setting in fields(kind))
         settings = {name: getattr(self.sampler, name) for name in known}
         for source in (getattr(config, "sampler_defaults", None) or {}, overrides):
             for name, value in source.items():
@@ -163,21 +194,30 @@ class ModelAdapter:
                     raise ValueError(f"sampler setting {name!r} is unknown; valid: {', '.join(known)}")
                 if value is not None:
                     settings[name] = value
-        return SamplerConfig(**settings)
+        return kind(**settings)
 
     def denoiser(self, model: PreTrainedModel) -> Denoiser:
         """Returns the function the samplers drive: (ids [B, L], attention mask [B, L]) -> logits [B, L, V].
 
-        The logits are aligned: those at position j predict the token at position j.
+        The logits are aligned: those at position j predict the token at position j. Where the model's own are shifted,
+        nothing predicts the first token of a row; it keeps the logits of its own position, whatever padding precedes.
         """
 
         def denoise(ids: Tensor, attention_mask: Tensor) -> Tensor:
             logits: Tensor = model(input_ids=ids, attention_mask=attention_mask).logits
-            if self.logits_shift:
-                logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)
-            return logits
+            return _aligned(logits, attention_mask) if self.logits_shift else logits
 
         return denoise
+
+
+def _aligned(logits: Tensor, attention_mask: Tensor) -> Tensor:
+    """Moves logits [B, L, V] that predict the next position to the position they predict."""
+    real = attention_mask.bool()
+    first = real.clone()
+    first[:, 1:] &= ~real[:, :-1]
+    aligned = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)
+    aligned[first] = logits[first]
+    return aligned
 
 
 _ADAPTERS: dict[str, ModelAdapter] = {}

@@ -12,13 +12,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 import dllmquant
-from dllmquant.decoding import SamplerConfig
+from dllmquant.decoding import DreamSamplerConfig, SamplerConfig
 from dllmquant.models import ModelAdapter, adapter_for, adapters, register_adapter, registered_adapters
 from tests.bundled import bundled_tokenizer
-from tests.models.toys import MASK, PAD, tiny_model
+from tests.models.toys import MASK, PAD, tiny_dream, tiny_model
 
 # A row per registered family: builds a tiny instance with random weights from the family's own configuration.
-TINY: dict[str, Callable[[], PreTrainedModel]] = {"llada": lambda: tiny_model(n_heads=4, n_kv_heads=2)}
+TINY: dict[str, Callable[[], PreTrainedModel]] = {
+    "Dream": tiny_dream,
+    "llada": lambda: tiny_model(n_heads=4, n_kv_heads=2),
+}
 FAMILIES = sorted(registered_adapters())
 
 
@@ -253,7 +256,7 @@ def test_a_users_model_generates_after_one_registration() -> None:
     model = user_model(vocab_size=len(tokenizer), mask_id=tokenizer.mask_token_id)
     prompts = [" tom is in", "q: anna has 3 apples. how many remain? a:"]
     options = {"steps": 3, "gen_length": 6, "block_length": 6}
-    with pytest.raises(ValueError, match=r"'mean_mixer' \(MeanMixer\) is not a known diffusion LLM; known: llada"):
+    with pytest.raises(ValueError, match=r"'mean_mixer' \(MeanMixer\) is not a known diffusion LLM; known: .*llada"):
         dllmquant.generate(model, tokenizer, prompts, **options)
     register_adapter(user_adapter())
     user_adapter().validate(model)
@@ -304,6 +307,8 @@ def test_unknown_families_are_errors_that_name_the_known_ones(model: nn.Module) 
         ({"linear_groups": (("",),)}, r"linear_groups: "),
         ({"scale_pairs": (("norm", ("up",)),)}, "scale_pairs: no module 'norm'"),
         ({"scale_pairs": (("mix", ("upp",)),)}, "scale_pairs: no module 'upp'"),
+        ({"site_names": (("ff_out", "dwn"),)}, "site_names: 'ff_out' is 'dwn'; valid: mix, up, down"),
+        ({"site_names": (("ff_out", "gate"),)}, "site_names: 'ff_out' is 'gate'; valid: mix, up, down"),
         ({"residual_outputs": ("mix", "dwn")}, "residual_outputs: no module 'dwn'"),
         ({"value_output": ("mix", "out")}, "value_output: no module 'out'"),
         ({"final_norm": "norm"}, "final_norm: no module 'norm'"),
@@ -407,6 +412,23 @@ def test_published_llada_settings() -> None:
     )
 
 
+def test_published_dream_settings() -> None:
+    assert registered_adapters()["Dream"].sampler == DreamSamplerConfig(
+        steps=512, gen_length=512, temperature=0.0, top_p=None, top_k=None, eps=1e-3, remasking="entropy"
+    )
+
+
+def test_each_sampler_has_its_own_settings() -> None:
+    adapter = user_adapter(sampler=DreamSamplerConfig(steps=4, gen_length=6))
+    config = MeanMixerConfig(sampler_defaults={"top_p": 0.9, "steps": 3})
+    found = adapter.sampler_config(config, remasking="topk_margin", temperature=None)
+    assert found == DreamSamplerConfig(steps=3, gen_length=6, top_p=0.9, remasking="topk_margin")
+    with pytest.raises(ValueError, match="sampler setting 'block_length' is unknown; valid: steps, gen_length, temp"):
+        adapter.sampler_config(config, block_length=3)
+    with pytest.raises(ValueError, match="sampler setting 'top_p' is unknown; valid: steps, gen_length, block_length"):
+        user_adapter().sampler_config(config)
+
+
 # Aligned logits
 
 
@@ -425,6 +447,17 @@ def test_denoisers_align_shifted_logits() -> None:
     # Logits at j predict position j + 1; nothing predicts the first position, which keeps its own.
     shifted = user_adapter(logits_shift=1).denoiser(model)(ids, keep)
     assert shifted.argmax(-1).tolist() == [[1, 1, 2, 3, 4, 5]]
+
+
+def test_the_first_token_after_padding_keeps_its_own_logits() -> None:
+    model: Any = NextPosition()
+    ids = torch.zeros((3, 5), dtype=torch.long)
+    keep = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
+    shifted = user_adapter(logits_shift=1).denoiser(model)
+    expected = [[1, 1, 2], [1, 1, 2, 3, 4], [1]]
+    for mask in (keep, keep.bool()):
+        found = shifted(ids, mask).argmax(-1)
+        assert [row[own.bool()].tolist() for row, own in zip(found, keep, strict=True)] == expected
 
 
 @pytest.mark.usefixtures("registry")

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from dllmquant.models import LLaDAConfig, LLaDAModelLM
+from dllmquant.models import LLaDAConfig, LLaDAModelLM, layers
 from dllmquant.models.llada import modeling
 from tests.models.toys import MASK, PAD, tiny_config, tiny_model
 from tests.oracles import llada_reference as oracle
@@ -77,7 +78,7 @@ def padding(kind: str, batch: int = 2, length: int = LENGTH) -> Tensor | None:
     return position >= pads if kind == "left" else position < length - pads
 
 
-def run(model: LLaDAModelLM, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def run(model: PreTrainedModel, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids, attention_mask=attention_mask).logits
     return logits
@@ -258,18 +259,18 @@ def test_rotations_keep_distances_at_long_positions(dtype: torch.dtype) -> None:
     q, k = (torch.randn((1, 1, 1, 64), generator=generator).to(dtype).expand(1, 1, 4096, 64) for _ in range(2))
 
     def spread(cos: Tensor, sin: Tensor) -> float:
-        rotated_q, rotated_k = modeling.apply_rotary(q, cos, sin), modeling.apply_rotary(k, cos, sin)
+        rotated_q, rotated_k = layers.apply_rotary(q, cos, sin), layers.apply_rotary(k, cos, sin)
         assert rotated_q.dtype == dtype
         scores = (rotated_q[..., 7:, :].float() * rotated_k[..., :-7, :].float()).sum(-1)
         return float((scores - scores[..., :1]).abs().max())
 
-    assert spread(*modeling.rotary_cos_sin(4096, 64, 500000.0, q.device)) < 0.1
+    assert spread(*layers.rotary_cos_sin(4096, 64, 500000.0, q.device)) < 0.1
     assert spread(*coarse_rotary_cos_sin(4096, 64, 500000.0, q.device)) > 3.0
 
 
 def test_norms_are_computed_in_float32() -> None:
     """The squares of these values overflow float16 and their mean needs more than bfloat16's eight bits."""
-    norm = modeling.RMSNorm(512, 1e-5)
+    norm = layers.RMSNorm(512, 1e-5)
     x = 300 * torch.randn((4, 512), generator=torch.Generator().manual_seed(0))
     for dtype in (torch.float16, torch.bfloat16):
         low = x.to(dtype)
@@ -280,10 +281,10 @@ def test_norms_are_computed_in_float32() -> None:
 def test_rotary_tables_are_float32_whatever_the_default_dtype() -> None:
     torch.set_default_dtype(torch.float64)
     try:
-        wide = modeling.rotary_cos_sin(64, 8, 10000.0, torch.device("cpu"))
+        wide = layers.rotary_cos_sin(64, 8, 10000.0, torch.device("cpu"))
     finally:
         torch.set_default_dtype(torch.float32)
-    narrow = modeling.rotary_cos_sin(64, 8, 10000.0, torch.device("cpu"))
+    narrow = layers.rotary_cos_sin(64, 8, 10000.0, torch.device("cpu"))
     assert all(table.dtype == torch.float32 and table.shape == (64, 8) for table in wide + narrow)
     assert all(torch.equal(a, b) for a, b in zip(wide, narrow, strict=True))
 

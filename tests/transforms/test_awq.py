@@ -12,7 +12,7 @@ from torch import nn
 from dllmquant.capture import BlockCall
 from dllmquant.core.grid import Grid, QuantizedWeight, fit_scale, quantize_to_grid
 from dllmquant.core.stats import HessianAccumulator
-from dllmquant.models.llada.modeling import rotary_cos_sin
+from dllmquant.models.layers import rotary_cos_sin
 from dllmquant.nn.activation import ActivationScheme
 from dllmquant.transforms.awq import linear_objective, mean_magnitude, search_clip, search_scales, sub_block_objective
 from dllmquant.transforms.fold import apply_scales

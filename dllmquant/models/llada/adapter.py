@@ -1,7 +1,7 @@
 """LLaDA (8B Base and Instruct, 1.5) for the quantizer."""
 
 from dllmquant.decoding import SamplerConfig
-from dllmquant.models.adapters import ModelAdapter
+from dllmquant.models.adapters import ModelAdapter, Verification
 
 ADAPTER = ModelAdapter(
     model_type="llada",
@@ -21,4 +21,22 @@ ADAPTER = ModelAdapter(
     value_output=("v_proj", "attn_out"),
     heads=("n_heads", "n_kv_heads"),
     sampler=SamplerConfig(steps=128, gen_length=128, block_length=128),
+    checkpoints=("GSAI-ML/LLaDA-8B-Base", "GSAI-ML/LLaDA-8B-Instruct", "GSAI-ML/LLaDA-1.5"),
+    verified=(
+        Verification(
+            "oracle",
+            "logits equal those of an implementation by hand in NumPy, in float64",
+            "tests/models/test_llada_modeling.py::test_logits_equal_the_reference",
+        ),
+        Verification(
+            "end-to-end",
+            "a tiny random instance is quantized by five recipes, saved, reloaded bit-identically, and generates",
+            "tests/models/test_end_to_end.py::test_quantize_save_reload_and_generate",
+        ),
+        Verification(
+            "published names",
+            "the 8B model has the published names and shapes; all 224 linear layers of its blocks are found",
+            "tests/models/test_published.py::test_full_size_has_the_published_weights",
+        ),
+    ),
 )

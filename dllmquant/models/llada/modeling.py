@@ -5,48 +5,22 @@ load unchanged and without remote code. Positions are relative (RoPE), so left a
 """
 
 import math
-import os
-from pathlib import Path
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from dllmquant.checkpoint import write_atomically
+from dllmquant.models.base import NativeModel
+from dllmquant.models.layers import (
+    RMSNorm,
+    apply_rotary,
+    expand_attention_mask,
+    repeat_heads,
+    rotary_cos_sin,
+    split_heads,
+)
 from dllmquant.models.llada.configuration import LLaDAConfig
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, computed in float32."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalises `x` [..., size]; the result has `x`'s dtype."""
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
-
-
-def rotary_cos_sin(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns the cosine and sine tables of RoPE, float32 [length, head_dim], each half repeated."""
-    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), 1.0 / theta**exponents)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates `x` [batch, heads, length, head_dim] in float32 or wider and returns it in its own dtype."""
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 class LLaDABlock(nn.Module):
@@ -69,10 +43,6 @@ class LLaDABlock(nn.Module):
         self.up_proj = nn.Linear(width, hidden, bias=config.include_bias)
         self.ff_out = nn.Linear(hidden, width, bias=config.include_bias)
 
-    def _heads(self, x: Tensor, heads: int) -> Tensor:
-        split: Tensor = x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
-        return split
-
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Maps the residual stream [batch, length, d_model] to the next one.
 
@@ -83,12 +53,9 @@ class LLaDABlock(nn.Module):
             attention_mask: None, or bool broadcastable to [batch, heads, length, length], True where attended.
         """
         h = self.attn_norm(x)
-        q = apply_rotary(self._heads(self.q_proj(h), self.n_heads), cos, sin)
-        k = apply_rotary(self._heads(self.k_proj(h), self.n_kv_heads), cos, sin)
-        v = self._heads(self.v_proj(h), self.n_kv_heads)
-        if self.n_kv_heads != self.n_heads:
-            k = k.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
-            v = v.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
+        q = apply_rotary(split_heads(self.q_proj(h), self.head_dim), cos, sin)
+        k = repeat_heads(apply_rotary(split_heads(self.k_proj(h), self.head_dim), cos, sin), self.n_heads)
+        v = repeat_heads(split_heads(self.v_proj(h), self.head_dim), self.n_heads)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
         x = x + self.attn_out(attended.transpose(1, 2).flatten(-2))
         h = self.ff_norm(x)
@@ -126,38 +93,7 @@ class LLaDAModel(nn.Module):
         return (logits / math.sqrt(config.d_model) if config.scale_logits else logits), x
 
 
-def expand_attention_mask(attention_mask: Tensor | None, ids_shape: torch.Size, n_heads: int) -> Tensor | None:
-    """Turns a user's attention mask into what the attention needs.
-
-    Args:
-        attention_mask: None; a padding mask [batch, length] (nonzero = real token); or a bool mask [1 or batch, 1 or
-            heads, length, length], True where attended (block-causal decoding).
-        ids_shape: Shape [batch, length] of the inputs.
-        n_heads: Number of query heads.
-
-    Returns:
-        None when no mask was given, else a bool mask broadcastable to [batch, heads, length, length].
-
-    Raises:
-        ValueError: The mask has another shape, or a four-dimensional mask is not boolean.
-    """
-    if attention_mask is None:
-        return None
-    if attention_mask.shape == ids_shape:
-        return attention_mask.bool()[:, None, None, :]
-    batch, length = ids_shape
-    valid = {(b, h, length, length) for b in (1, batch) for h in (1, n_heads)}
-    if tuple(attention_mask.shape) in valid:
-        if attention_mask.dtype != torch.bool:
-            raise ValueError(f"attention_mask: 4-D masks must be bool (True = attended), got {attention_mask.dtype}")
-        return attention_mask
-    raise ValueError(
-        f"attention_mask: shape {tuple(attention_mask.shape)} does not fit inputs {tuple(ids_shape)}; "
-        f"valid: [batch, length] or bool [1 or batch, 1 or {n_heads} heads, length, length]"
-    )
-
-
-class LLaDAModelLM(PreTrainedModel):
+class LLaDAModelLM(NativeModel):
     """LLaDA with its output head: predicts the token under every `[MASK]`, attending in both directions."""
 
     config: LLaDAConfig
@@ -170,62 +106,6 @@ class LLaDAModelLM(PreTrainedModel):
         super().__init__(config)
         self.model = LLaDAModel(config)
         self.post_init()  # type: ignore[no-untyped-call]
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Loads a checkpoint whose weights are exactly the model's; takes what `PreTrainedModel.from_pretrained` takes.
-
-        Args:
-            pretrained_model_name_or_path: Directory or hub id of the checkpoint.
-            *args: As for `PreTrainedModel.from_pretrained`.
-            **kwargs: As for `PreTrainedModel.from_pretrained`. With `ignore_mismatched_sizes=True`, weights of a wrong
-                shape are initialised freshly instead of being an error.
-
-        Returns:
-            The model, or with `output_loading_info=True` the model and transformers' loading information.
-
-        Raises:
-            ValueError: Weights are missing from the checkpoint, have another shape, or do not belong to the model;
-                the message names them.
-        """
-        wants_info = kwargs.pop("output_loading_info", False)
-        ignores_sizes = kwargs.pop("ignore_mismatched_sizes", False)
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
-        model, info = loaded
-        mismatched = () if ignores_sizes else info["mismatched_keys"]
-        problems = [
-            f"{problem}: {', '.join(sorted(names))}"
-            for problem, names in (
-                ("missing", info["missing_keys"]),
-                ("unexpected", info["unexpected_keys"]),
-                ("of another shape", [f"{name} {tuple(got)} (valid: {tuple(own)})" for name, got, own in mismatched]),
-            )
-            if names
-        ]
-        if problems:
-            raise ValueError(
-                f"checkpoint {pretrained_model_name_or_path}: its weights do not fit {cls.__name__} "
-                f"as its config describes it; {'; '.join(problems)}"
-            )
-        return (model, info) if wants_info else model
-
-    def save_pretrained(  # type: ignore[override] # everything but the directory is passed through by name
-        self, save_directory: str | os.PathLike[str], **kwargs: Any
-    ) -> None:
-        """Writes a checkpoint as `PreTrainedModel.save_pretrained` does, but an interrupted write is never read.
-
-        Args:
-            save_directory: Target directory; weights of an earlier checkpoint in it are replaced.
-            **kwargs: As for `PreTrainedModel.save_pretrained`.
-        """
-        target, save = Path(save_directory), super().save_pretrained
-        if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", target.name)
-        write_atomically(target, lambda staging: save(staging, **kwargs))
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.init_std
