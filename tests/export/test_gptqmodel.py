@@ -7,6 +7,7 @@ GPTQModel needs a NumPy of its own, so these tests run in another environment th
 """
 
 import importlib.util
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -26,9 +27,7 @@ from tests.tiny import tiny_dream, tiny_llada, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is None, reason="gptqmodel is not installed")
 
-KERNELS = [
-    (bits, group_size, symmetric) for bits in (2, 3, 4, 8) for group_size in (32, None) for symmetric in (True, False)
-]
+KERNELS = list(itertools.product((2, 3, 4, 8), (32, None), (True, False)))  # bits, group size, symmetric
 
 DEQUANTIZE = """
 import sys
@@ -120,7 +119,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def logits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, Tensor]]:
-    """Per model: our logits with weights rounded to float16, as the reader holds them, and the reader's."""
+    """Per model: our logits with weights and biases rounded to float16, as the reader holds them, and the reader's."""
     scratch, ours, jobs = tmp_path_factory.mktemp("models"), {}, {}
     for index, (name, (reader, make)) in enumerate(MODELS.items()):
         model = make()
@@ -130,7 +129,8 @@ def logits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, 
         for path, layer in [item for item in model.named_modules() if isinstance(item[1], QuantLinear)]:
             plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
             plain.weight.data = layer.quantized_weight().dequantize(torch.float16).float()
-            plain.bias = layer.bias
+            if layer.bias is not None:
+                plain.bias.data = layer.bias.half().float()
             model.set_submodule(path, plain)
         ours[name] = logits_of(model)
     theirs = answer(LOAD, (IDS, jobs), scratch)
