@@ -672,4 +672,9 @@ MUTANTS = [
     Mutant("impossible-tokens-drawn", "decoding/ranking", "right=True", "right=False"),
     Mutant("empty-steps-run", "decoding/timesteps", "canvas.view(counts > 0)", "canvas.view(counts >= 0)"),
     Mutant("origin-keeps-instead", "decoding/timesteps", "(noise < fraction)", "(noise > fraction)"),
+    Mutant("gptq-zero-not-shifted", "export/gptq", "(zero - 1).T", "zero.T"),
+    Mutant("gptq-zero-of-0-wraps", "export/gptq", "weight.zero == 0", "weight.zero < 0"),
+    Mutant("gptq-mirrored-scale-kept", "export/gptq", "-weight.scale, weight.scale", "weight.scale, weight.scale"),
+    Mutant("gptq-groups-interleaved", "export/gptq", ") // size", ") % size"),
+    Mutant("signed-zero-off-by-one", "export/compressed_tensors", "(layer.grid.bits - 1))).to", "layer.grid.bits)).to"),
 ]

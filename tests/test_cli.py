@@ -29,7 +29,7 @@ from dllmquant.lab.evaluate import Evaluation, evaluate
 from dllmquant.lab.inspection import checkpoint_bits, checkpoint_coverage
 from tests.tiny import save_tiny, tiny_recipe
 
-COMMANDS = ("demo", "quantize", "generate", "eval", "ablate", "recipes", "models", "inspect")
+COMMANDS = ("demo", "quantize", "generate", "eval", "ablate", "recipes", "models", "inspect", "export")
 PROMPT = "q: tom has 7 apples. tom buys 5 more. how many remain? a:"
 
 

@@ -6,7 +6,7 @@ and exit code 2; `--debug` shows the traceback as well.
 
 import sys
 
-from dllmquant.cli import ablate, demo, eval, generate, inspect, models, quantize, recipes
+from dllmquant.cli import ablate, demo, eval, export, generate, inspect, models, quantize, recipes
 from dllmquant.cli.app import app as _program
 
 # In the order of `dllmquant --help`.
@@ -18,6 +18,7 @@ _program.command()(ablate.ablate)
 _program.command()(recipes.recipes)
 _program.command()(models.models)
 _program.command()(inspect.inspect)
+_program.command()(export.export)
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
 """Exports in compressed-tensors' format, loaded by transformers and compressed-tensors where dllmquant is forbidden."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,8 +30,8 @@ WEIGHT_ONLY: dict[str, Callable[[], PreTrainedModel]] = {
     "gptq-w4a16": lambda: quantized("gptq-w4a16", calibrated=True),
     "awq-w4a16": lambda: quantized("awq-w4a16", calibrated=True),
     "dllmquant-w4a16": lambda: quantized("dllmquant-w4a16", calibrated=True),
-    "bfloat16": lambda: quantized("rtn-w4a16", tiny_llada().to(torch.bfloat16)),
-    "float16": lambda: quantized("rtn-w4a16", tiny_llada().to(torch.float16)),
+    "bfloat16": lambda: quantized("rtn-w4a16", tiny_llada().bfloat16()),
+    "float16": lambda: quantized("rtn-w4a16", tiny_llada().half()),
     "skipped layers": lambda: quantized("rtn-w4a16", skip=["*.ff_out", "*.0.q_proj"]),
     "tied, with biases": lambda: quantized("rtn-w4a16", tiny_llada(weight_tying=True, include_bias=True)),
     "Dream": lambda: quantized("rtn-w4a16", tiny_dream()),
@@ -117,7 +119,7 @@ def test_the_layout_is_the_packages_own(name, form, exports):
 def test_layers_that_are_not_quantized_are_listed(exports):
     blocks = [f"model.transformer.blocks.{index}" for index in range(2)]
     kept = [f"{blocks[0]}.q_proj", *(f"{block}.ff_out" for block in blocks), "model.transformer.ff_out"]
-    assert sorted(config_of(exports["skipped layers"])["ignore"]) == sorted(kept)  # type: ignore[call-overload]
+    assert sorted(config_of(exports["skipped layers"])["ignore"]) == sorted(kept)
 
 
 def test_the_model_stays_as_it_is(models, exports, tmp_path):
@@ -130,7 +132,12 @@ def test_the_model_stays_as_it_is(models, exports, tmp_path):
 
 
 def test_without_the_package_it_is_refused(models, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "compressed_tensors.compressors", None)
+    monkeypatch.setitem(sys.modules, "compressed_tensors.compressors", None)
     with pytest.raises(ExportError, match=r"needs compressed-tensors: pip install 'dllmquant\[export\]'"):
         export_model(models["rtn-w4a16"], tmp_path / "out", "compressed-tensors")
     assert not (tmp_path / "out").exists()
+
+
+def test_importing_dllmquant_imports_no_compressed_tensors():
+    program = "import sys, dllmquant.export; sys.exit('compressed_tensors' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
