@@ -148,6 +148,7 @@ class DLLMQuantHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: DLLMQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.quantization_config: DLLMQuantConfig = quantization_config
+        self._shapes: dict[str, torch.Size] = {}  # of the tensors, while they are loaded
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for name in self.quantization_config.modules:
@@ -176,8 +177,10 @@ class DLLMQuantHfQuantizer(HfQuantizer):
                 raise CheckpointError(f"quantization_config.attention: the model has no module {name!r}") from error
             device = next(block.parameters()).device
             install(block, self.quantization_config.attention_quantizer(name, device))
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self._check_shapes(model)
         for name in self.quantization_config.modules:
             packed = model.get_submodule(name)
             assert isinstance(packed, QuantLinear)
@@ -191,6 +194,19 @@ class DLLMQuantHfQuantizer(HfQuantizer):
             assert quantizer is not None
             _checked(f"{name}.attention_quantizer", quantizer.check_scales)
         extend_saving(model)
+
+    def _check_shapes(self, model: PreTrainedModel) -> None:
+        """Checks that tensors have the shapes the configuration says.
+
+        transformers 5.20 takes tensors of any shape where there is a quantizer.
+
+        Raises:
+            CheckpointError: A tensor has another shape.
+        """
+        expected, self._shapes = self._shapes, {}
+        for name, tensor in model.state_dict().items():
+            if tensor.shape != expected.get(name, tensor.shape):
+                raise CheckpointError(f"{name} has the shape {tuple(tensor.shape)}; valid: {tuple(expected[name])}")
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Packed models can always be saved."""

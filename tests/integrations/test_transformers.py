@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -146,6 +146,16 @@ def test_the_model_is_built_and_packed_without_memory(checkpoint, monkeypatch):
     size = weight_bytes(loaded)
     stored = sum(tensor.nbytes for tensor in (*loaded.parameters(), *loaded.buffers()))
     assert stored == size.total_bytes
+
+
+@pytest.mark.parametrize("name", ["wte.weight", "blocks.0.q_proj.weight", "blocks.1.ff_out.bias"])
+def test_tensors_of_another_shape_are_an_error(name, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    stored[f"model.transformer.{name}"] = stored[f"model.transformer.{name}"][:-1].clone()
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"shape.*{name}|{name}.*shape"):
+        AutoModel.from_pretrained(tmp_path)
 
 
 PEAK = """
