@@ -87,6 +87,33 @@ def test_folded_transforms_change_weights_but_not_the_function(transforms):
     torch.testing.assert_close(logits(model, states), logits(original, states), rtol=1e-3, atol=1e-3)
 
 
+def test_awq_measures_the_sub_blocks_output_on_states_from_all_over(monkeypatch):
+    """The first of several batches is the first part of the trajectories only."""
+    monkeypatch.setattr("dllmquant.preparation.walk._SEARCH_STATES", 4)
+    asked = []
+
+    def spy(block, consumers, run, token_weights, *rest):
+        asked.append((block, tuple(consumers), list(run()), torch.cat(list(token_weights))))
+        return lambda scales: 1.0  # scales of 1 win, so the block stays as it is
+
+    monkeypatch.setattr("dllmquant.preparation.scaling.sub_block_objective", spy)
+    model = tiny_llada()
+    states, _ = prepared(model, Recipe.load(tiny_recipe(transforms=[{"kind": "awq"}])))
+    ends = {"q_proj": "attn_out", "attn_out": "attn_out", "ff_proj": "ff_out", "ff_out": "ff_out"}
+    seen = {}
+    for index, block in enumerate(model.model.transformer["blocks"]):
+        for name in set(ends.values()):
+            module = block.get_submodule(name)
+            module.register_forward_hook(lambda _m, _a, out, key=(index, name): seen.__setitem__(key, out))
+    logits(model, states)
+    assert len(asked) == 2 * len(ends)
+    spread = range(0, 12, 3)
+    for call, (_, consumers, outputs, weights) in enumerate(asked):
+        expected = seen[call // len(ends), ends[consumers[0]]][spread]
+        torch.testing.assert_close(torch.cat(outputs), expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(weights, states.weights[spread])
+
+
 def test_a_transform_that_breaks_the_function_is_an_error(monkeypatch):
     def broken(block, producer, consumers, scales):
         for consumer in consumers:

@@ -81,6 +81,11 @@ def test_circular_extends_is_an_error(tmp_path):
         ({"seed": -1}, r"seed"),
         ({"weights": {"mixed": {"mean": 4}}}, r"weights\.mixed: mean: 4; valid: 1 to 3"),
         ({"weights": {"mixed": {"choices": [2]}}}, r"choices: \[2\]; valid: two or more"),
+        ({"weights": {"correction": 0.25}}, r"correction: 0\.25 has no meaning for solver 'gptq'; valid: 1"),
+        (
+            {"attention": {"probs_range": "search"}},
+            "probs_range: 'search' needs search: true; valid without it: 'fixed'",
+        ),
         ({"weights": {"mixed": {"mode": 1}}}, r"weights\.mixed\.mode: unknown key; valid: choices, mean"),
         ({"weights": {"mixed": {}, "group_size": None}}, r"mixed: needs a group_size"),
         ({"weights": {"clip": "awq"}}, r"clip: 'awq' goes with solver 'rtn'"),
