@@ -1,11 +1,12 @@
-"""Trains the bundled LLaDA on the procedurally generated tasks and writes it as a Hugging Face checkpoint.
+"""Trains the bundled models on the procedurally generated tasks and writes them as Hugging Face checkpoints.
 
     python benchmarks/train_bundled.py --output runs/llada-tiny --seed 0 --steps 10000
+    python benchmarks/train_bundled.py --output runs/dream-tiny --family Dream --seed 0 --steps 7000
 
 Masked-diffusion training as LLaDA's instruction tuning does it: the prompt stays visible, each response token is
-masked with probability t ~ U(0, 1), and the response is filled with [EOS]. Half of the sequences are masked the way
-block decoding meets them instead: blocks before a random one are clean, later ones fully masked. Interrupted runs
-resume from the newest training state in the output directory.
+masked with probability t ~ U(0, 1), and the response is filled with [EOS]. Half of LLaDA's sequences are masked the way
+block decoding meets them instead: blocks before a random one are clean, later ones fully masked; Dream decodes without
+blocks. Interrupted runs resume from the newest training state in the output directory.
 """
 
 import argparse
@@ -21,7 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
 
+from dllmquant.models import adapter_for
+from dllmquant.models.dream import DreamConfig, DreamModel
 from dllmquant.models.llada import LLaDAConfig, LLaDAModelLM
 from dllmquant.tasks import iterate
 from dllmquant.tasks.items import Item, is_held_out
@@ -67,8 +71,11 @@ def drills(seed: int) -> Iterator[Item]:
     return (item for item in iter(lambda: make_drill(rng), None) if not is_held_out(item.key))
 
 
-def draw_masks(response: Tensor, eos: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draws masks for responses [rows, n]: what is hidden, and which hidden positions are trained on (both bool)."""
+def draw_masks(response: Tensor, eos: int, generator: torch.Generator, *, blocks: bool) -> tuple[Tensor, Tensor]:
+    """Draws masks for responses [rows, n]: what is hidden, and which hidden positions are trained on (both bool).
+
+    With `blocks`, half of the longer responses are masked as block decoding meets them.
+    """
     rows, length = response.shape
     t = (torch.rand((), generator=generator) + torch.arange(rows) / rows) % 1.0
     t = t[torch.randperm(rows, generator=generator)]
@@ -76,7 +83,7 @@ def draw_masks(response: Tensor, eos: int, generator: torch.Generator) -> tuple[
     forced = torch.randint(length, (rows, 1), generator=generator)
     hidden.scatter_(1, forced, torch.ones_like(forced, dtype=torch.bool))
     trained = hidden.clone()
-    if length > BLOCK:
+    if blocks and length > BLOCK:
         block_of = torch.arange(length) // BLOCK
         used = (response != eos).sum(1, keepdim=True) // BLOCK + 1
         block = (torch.rand(rows, 1, generator=generator) * used).long()
@@ -88,16 +95,17 @@ def draw_masks(response: Tensor, eos: int, generator: torch.Generator) -> tuple[
 
 
 def masked_loss(
-    model: LLaDAModelLM, ids: Tensor, keep: Tensor, length: int, tokenizer, generator: torch.Generator
+    model: PreTrainedModel, ids: Tensor, keep: Tensor, length: int, tokenizer, generator: torch.Generator
 ) -> Tensor:
     """Mean cross-entropy of the trained masked tokens of a batch."""
     response = ids[:, -length:]
-    hidden, trained = draw_masks(response, tokenizer.eos_token_id, generator)
+    blocks = isinstance(model, LLaDAModelLM)
+    hidden, trained = draw_masks(response, tokenizer.eos_token_id, generator, blocks=blocks)
     noisy = ids.clone()
     noisy[:, -length:][hidden] = tokenizer.mask_token_id
     # On CPUs the unfused attention's backward is several times faster than the flash kernel's at these lengths.
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        logits = model(noisy, attention_mask=keep).logits[:, -length:]
+        logits = adapter_for(model).denoiser(model)(noisy, keep)[:, -length:]
     loss = F.cross_entropy(logits.float().flatten(0, 1), response.flatten(), reduction="none")
     return (loss * trained.flatten()).sum() / trained.sum()
 
@@ -107,8 +115,26 @@ def learning_rate_factor(step: int, steps: int, warmup: int = 200, decay: float 
     return min(1.0, (step + 1) / warmup, max(0.0, (steps - step) / (decay * steps)))
 
 
-def build_model(tokenizer, args: argparse.Namespace) -> LLaDAModelLM:
-    """Returns a freshly initialised model for the tokenizer."""
+def build_model(tokenizer, args: argparse.Namespace) -> PreTrainedModel:
+    """Returns a freshly initialised model of the family for the tokenizer."""
+    if args.family == "Dream":
+        return DreamModel(
+            DreamConfig(
+                hidden_size=args.width,
+                intermediate_size=3 * args.width,
+                num_hidden_layers=args.layers,
+                num_attention_heads=args.width // 32,
+                num_key_value_heads=args.width // 64,
+                vocab_size=math.ceil(len(tokenizer) / 32) * 32,
+                max_position_embeddings=128,
+                rope_theta=10000.0,
+                mask_token_id=tokenizer.mask_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                architectures=["DreamModel"],
+                sampler_defaults={"steps": 32, "gen_length": 32},
+            )
+        )
     config = LLaDAConfig(
         d_model=args.width,
         n_layers=args.layers,
@@ -127,10 +153,11 @@ def build_model(tokenizer, args: argparse.Namespace) -> LLaDAModelLM:
     return LLaDAModelLM(config)
 
 
-def build_optimizers(model: LLaDAModelLM, args: argparse.Namespace) -> list[tuple[torch.optim.Optimizer, float]]:
+def build_optimizers(model: PreTrainedModel, args: argparse.Namespace) -> list[tuple[torch.optim.Optimizer, float]]:
     """Muon for the blocks' matrices, AdamW for embeddings, head and norms; with their peak learning rates."""
-    matrices = [p for n, p in model.named_parameters() if ".blocks." in n and p.ndim == 2]
-    others = [p for n, p in model.named_parameters() if not (".blocks." in n and p.ndim == 2)]
+    inside = {id(p) for p in adapter_for(model).block_list(model).parameters() if p.ndim == 2}
+    matrices = [p for p in model.parameters() if id(p) in inside]
+    others = [p for p in model.parameters() if id(p) not in inside]
     muon = torch.optim.Muon(matrices, lr=args.muon_lr, momentum=0.95, weight_decay=0.01)
     adam = torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
     return [(muon, args.muon_lr), (adam, args.adam_lr)]
@@ -140,6 +167,7 @@ def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory of the checkpoint and training state")
+    parser.add_argument("--family", choices=("llada", "Dream"), default="llada", help="model type (default: llada)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the data stream and the masks")
     parser.add_argument("--steps", type=int, default=10000, help="optimizer steps")
     parser.add_argument("--width", type=int, default=128, help="d_model; heads are 32 wide, the MLP 3x as wide")

@@ -45,8 +45,8 @@ def fit_attention(
     assert adapter.heads is not None
     assert adapter.value_output is not None
     heads, kv_heads = (int(getattr(model.config, key)) for key in adapter.heads)
-    projection = block.get_submodule(adapter.value_output[0])
-    channels = int(projection.out_features) // kv_heads  # type: ignore[arg-type] # nn.Linear or QuantLinear
+    output = block.get_submodule(adapter.value_output[1])
+    channels = int(output.in_features) // heads  # type: ignore[arg-type] # nn.Linear or QuantLinear
     device = next(block.parameters()).device
     rows = _Rows(block, calls, weights, kv_heads)
     softmax = None

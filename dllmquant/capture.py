@@ -1,13 +1,15 @@
 """Capturing what flows into modules: hooks that live inside a `with`, and a run that stops where it has seen enough."""
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dllmquant.models.experts import mixtures, routed_to
 
 
 class StopForward(Exception):
@@ -40,37 +42,89 @@ class BlockCall:
         return BlockCall(self.run(block), self.args, self.kwargs)
 
 
-@contextmanager
-def watching_input(module: nn.Module, watch: Callable[[Tensor], None]) -> Iterator[None]:
-    """While the context lasts, `watch` sees the module's first positional input and the forward pass stops there.
+@dataclass(frozen=True, eq=False)
+class LayerInputs:
+    """What some layers of a block read during one call.
 
-    Forward passes inside the context end in `StopForward`, which the context does not swallow.
+    Attributes:
+        tokens: Per layer, its input [..., in]; [0, in] for an expert that no token chose.
+        weights: Per layer, the weights of these tokens [...].
+        chosen: By the path of each mixture layer of the block, the experts its tokens chose, int64 [T, k].
     """
 
-    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        watch(args[0])
-        raise StopForward
-
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    tokens: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
+    chosen: dict[str, Tensor]
 
 
-def input_of(block: nn.Module, linear: nn.Module, call: BlockCall) -> Tensor:
-    """Runs a block as far as one of its layers and returns the layer's input [..., in].
+def inputs_of(
+    block: nn.Module,
+    linears: Sequence[nn.Module],
+    call: BlockCall,
+    weights: Tensor,
+    *,
+    chosen: Mapping[str, Tensor] | None = None,
+) -> LayerInputs:
+    """Runs a block once, as far as needed, and returns what layers of it read.
+
+    Token weights follow the tokens: an expert's are those of the tokens that chose it.
+
+    Args:
+        block: The block.
+        linears: The layers; all in one run, so they should not depend on one another's weights.
+        call: How the block is called.
+        weights: Token weights [batch, length].
+        chosen: By path of a mixture layer, the experts its tokens are sent to, whatever its router says; for the run
+            of a full-precision block that must see the tokens its quantized twin sees.
 
     Raises:
-        ValueError: The block ran to its end without calling the layer.
+        ValueError: The block ran to its end without calling a layer that is no expert, or a layer's input does not
+            hold one row per token.
     """
-    seen: list[Tensor] = []
-    with watching_input(linear, seen.append):
-        try:
+    owners = {
+        module: (name, index)
+        for name, mixture in mixtures(block).items()
+        for index, expert in enumerate(mixture)
+        for module in expert.modules()
+    }
+    seen: dict[nn.Module, Tensor] = {}
+    routes: dict[str, Tensor] = {}
+
+    def watch(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen[module] = args[0]
+        if len(seen) == len(linears):
+            raise StopForward
+
+    def route(name: str, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, own, scores = args
+        routes[name] = own if chosen is None else chosen[name]
+        return x, routes[name], scores
+
+    with ExitStack() as stack:
+        for name, mixture in mixtures(block).items():
+            handle = mixture.register_forward_pre_hook(functools.partial(route, name))
+            stack.callback(handle.remove)
+        for linear in linears:
+            stack.callback(linear.register_forward_pre_hook(watch).remove)
+        with suppress(StopForward):
             call.run(block)
-        except StopForward:
-            return seen[0]
-    raise ValueError("a block ran without calling a layer its adapter lists; is the execution order right?")
+    tokens, own_weights = [], []
+    for linear in linears:
+        rows = weights
+        if linear in owners:
+            name, index = owners[linear]
+            rows = weights.flatten()[routed_to(routes[name], index).to(weights.device)]
+        elif linear not in seen:
+            raise ValueError("a block ran without calling a layer its adapter lists; is the execution order right?")
+        width = int(linear.in_features)  # type: ignore[arg-type] # nn.Linear or QuantLinear
+        x = seen[linear] if linear in seen else call.hidden.new_zeros(0, width)
+        if x.shape[:-1].numel() != rows.numel():
+            raise ValueError(
+                f"a layer of a block reads {tuple(x.shape)} where {rows.numel()} tokens were given; valid: one row each"
+            )
+        tokens.append(x)
+        own_weights.append(rows.reshape(x.shape[:-1]))
+    return LayerInputs(tuple(tokens), tuple(own_weights), routes)
 
 
 def output_of(block: nn.Module, module: nn.Module, call: BlockCall) -> Tensor:
@@ -129,6 +183,9 @@ def first_calls(
 def capture_block_call(model: nn.Module, first_block: nn.Module, run: Callable[[], object]) -> BlockCall:
     """Runs the model up to its first block and returns how that block was called.
 
+    A model may run its blocks to find out what enters them (self-conditioning). It gives them `preliminary=True` then;
+    these calls go through.
+
     Args:
         model: The model; used in the error message only.
         first_block: Its first transformer block.
@@ -140,6 +197,8 @@ def capture_block_call(model: nn.Module, first_block: nn.Module, run: Callable[[
     calls: list[BlockCall] = []
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get("preliminary"):
+            return
         if not args or not isinstance(args[0], torch.Tensor):
             raise ValueError(
                 f"{type(model).__name__} calls its blocks without a positional hidden state; dllmquant needs one"

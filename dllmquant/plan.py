@@ -18,13 +18,14 @@ class Plan:
     """Which linear layers of each block are quantized, checked against the model before any work.
 
     Attributes:
-        blocks: Per block, the groups of (full path) layers that share an input; groups left empty are dropped.
+        stages: Per block, what can be solved together, in execution order: groups of (full path) layers that share an
+            input; more than one group where experts read side by side. Groups left empty are dropped.
         grid: The weights' grid.
         activation: The activations' scheme, or None.
         input_transforms: The settings of the input transform of a group, by the full path of its first layer.
     """
 
-    blocks: tuple[tuple[tuple[str, ...], ...], ...]
+    stages: tuple[tuple[tuple[tuple[str, ...], ...], ...], ...]
     grid: Grid
     activation: ActivationScheme | None
     input_transforms: dict[str, InputTransformSettings]
@@ -38,6 +39,11 @@ class Plan:
     def groups(self) -> list[tuple[str, ...]]:
         """The groups of all blocks, in execution order."""
         return [group for groups in self.blocks for group in groups]
+
+    @property
+    def blocks(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """The groups of each block, in execution order."""
+        return tuple(tuple(group for stage in stages for group in stage) for stages in self.stages)
 
 
 def make_plan(model: nn.Module, adapter: ModelAdapter, recipe: Recipe) -> Plan:
@@ -58,16 +64,16 @@ def make_plan(model: nn.Module, adapter: ModelAdapter, recipe: Recipe) -> Plan:
         scheme = ActivationScheme(activations.bits, activations.group_size, activations.symmetric)
     by_site = _input_transforms(adapter, recipe)
     blocks, transforms = [], {}
-    for index in range(len(adapter.block_list(model))):
-        prefix = f"{adapter.blocks}.{index}."
-        groups = []
-        for site in adapter.linear_groups:
-            group = tuple(prefix + leaf for leaf in site if prefix + leaf not in skipped)
+    for index, block in enumerate(adapter.block_list(model)):
+        stages: dict[str, list[tuple[str, ...]]] = {}
+        for site, leaves in adapter.sites(block):
+            names = (f"{adapter.blocks}.{index}.{leaf}" for leaf in leaves)
+            group = tuple(name for name in names if name not in skipped)
             if group:
-                groups.append(group)
-                if site[0] in by_site:
-                    transforms[group[0]] = by_site[site[0]]
-        blocks.append(tuple(groups))
+                stages.setdefault(site, []).append(group)
+                if site in by_site:
+                    transforms[group[0]] = by_site[site]
+        blocks.append(tuple(tuple(stage) for stage in stages.values()))
     for name, linear in linears.items():
         if name not in skipped:
             _check_layer(name, linear, recipe)
@@ -85,20 +91,20 @@ def make_plan(model: nn.Module, adapter: ModelAdapter, recipe: Recipe) -> Plan:
 def _input_transforms(adapter: ModelAdapter, recipe: Recipe) -> dict[str, InputTransformSettings]:
     """Returns the input transform of every group that has one, by the group's first layer."""
     sites = [group[0] for group in adapter.linear_groups]
-    other_names = dict(adapter.site_names)
     chosen: dict[str, InputTransformSettings] = {}
     for transform in recipe.transforms:
         if isinstance(transform, InputTransformSettings):
             for name in sites if transform.sites is None else transform.sites:
-                site = other_names.get(name, name)
-                if site not in sites:
+                meant = [name] if name in sites else [site for other, site in adapter.site_names if other == name]
+                if not meant:
                     raise RecipeError(f"transforms: {transform.kind}.sites: {name!r}; valid: {', '.join(sites)}")
-                if site in chosen:
-                    raise RecipeError(
-                        f"transforms: {transform.kind}.sites: {name!r} has a {chosen[site].kind} already; "
-                        "valid: one transform per input"
-                    )
-                chosen[site] = transform
+                for site in meant:
+                    if site in chosen:
+                        raise RecipeError(
+                            f"transforms: {transform.kind}.sites: {name!r} has a {chosen[site].kind} already; "
+                            "valid: one transform per input"
+                        )
+                    chosen[site] = transform
     return chosen
 
 

@@ -24,6 +24,7 @@ from dllmquant.calibration import (
     collect_states,
     prompts_needed,
 )
+from dllmquant.calibration.experts import ExpertTokens, experts_summary, starved, tokens_per_expert
 from dllmquant.integrations.saving import extend_saving
 from dllmquant.integrations.transformers import (
     DLLMQuantConfig,
@@ -32,13 +33,14 @@ from dllmquant.integrations.transformers import (
     describe_layer,
 )
 from dllmquant.models import ModelAdapter, adapter_for
+from dllmquant.models.experts import mixtures
 from dllmquant.nn.attention import installed, uninstall
 from dllmquant.nn.linear import QuantLinear
 from dllmquant.pipeline import LayerReport, quantize_blocks
 from dllmquant.plan import Plan, make_plan
 from dllmquant.preparation import Preparation, SiteBits, block_token_weights, prepare
 from dllmquant.recipe import Recipe
-from dllmquant.settings import FoldedTransforms
+from dllmquant.settings import CalibrationSettings, FoldedTransforms
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         recipe: The resolved recipe.
         reports: After `quantize`: one `LayerReport` per packed layer, in execution order.
         states: After `quantize`: the calibration states, or None for data-free recipes.
+        expert_tokens: After `quantize`: how many calibration tokens each expert of a mixture model read.
         allocation: After `quantize`: the activation bits IA-AQ gave each site; empty if it was not asked.
     """
 
@@ -71,6 +74,7 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         """
         self.recipe = Recipe.load(recipe)
         self.reports: list[LayerReport] = []
+        self.expert_tokens: ExpertTokens = {}
         self.states: CalibrationStates | None = None
         self.allocation: tuple[SiteBits, ...] = ()
         self._model: PreTrainedModel | str | None = None
@@ -170,7 +174,7 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         if needs_prompts or save_dir is not None:
             tokenizer = _tokenizer(tokenizer, target)
             if needs_prompts:
-                job.source = tokenizer, self._prompts(prompts, recipe)
+                job.source = tokenizer, self._prompts(prompts, recipe, target)
 
         was_training = target.training
         target.eval()
@@ -180,6 +184,7 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         finally:
             target.train(was_training)
         self.reports, self.states, self.allocation = job.reports, job.states, job.allocation
+        self.expert_tokens = job.expert_tokens
         _attach_config(job)
         if save_dir is not None:
             self.save(target, save_dir, tokenizer=tokenizer)
@@ -274,13 +279,14 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         return self._model, save_dir if first is None else first
 
     @staticmethod
-    def _prompts(prompts: Sequence[Prompt] | None, recipe: Recipe) -> Sequence[Prompt]:
+    def _prompts(prompts: Sequence[Prompt] | None, recipe: Recipe, model: PreTrainedModel) -> Sequence[Prompt]:
         """Returns the calibration prompts after checking them."""
         assert recipe.calibration is not None
         needed = prompts_needed(recipe.calibration)
         if prompts is None:
             logger.info("no calibration prompts given: using built-in word problems, programs and stories")
-            prompts = builtin_prompts(needed, recipe.seed)
+            growth = recipe.calibration.max_growth if mixtures(model) else 1
+            prompts = builtin_prompts(needed * growth, recipe.seed)
         check_prompts(prompts, needed)
         return prompts
 
@@ -297,6 +303,8 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         ):
             raise ValueError("model: it is quantized already; load the 16-bit original")
         adapter = adapter_for(model)
+        if adapter.arrange is not None:
+            adapter.arrange(model)
         return adapter, make_plan(model, adapter, self.recipe)
 
 
@@ -313,6 +321,7 @@ class _Job:
     reports: list[LayerReport] = field(default_factory=list)
     states: CalibrationStates | None = None
     allocation: tuple[SiteBits, ...] = ()
+    expert_tokens: ExpertTokens = field(default_factory=dict)
 
     def run(self, given: CalibrationStates | None) -> None:
         """Quantizes the model, with states made before if given."""
@@ -321,13 +330,15 @@ class _Job:
         if given is not None:
             self.states = given.reweighted(self.recipe.token_weights)
         elif settings is not None:
-            self.states = self._collect("trajectory" if closed_loop else settings.states)
+            self.states = self._collect("trajectory" if closed_loop else settings.states, settings.num_states)
+        self._count_experts()
         preparation = prepare(self.model, self.adapter, self.plan, self.recipe, self.states, progress=self.progress)
         self.allocation = preparation.allocation
         originals = {name: self.model.get_submodule(name) for name in self.plan.modules}
         self._solve(preparation)
         if closed_loop:
-            self.states = self._collect("closed_loop")
+            assert self.states is not None
+            self.states = self._collect("closed_loop", len(self.states.batch))
             for block in self.adapter.block_list(self.model):
                 if installed(block) is not None:
                     uninstall(block)
@@ -336,18 +347,65 @@ class _Job:
             _, weights = block_token_weights(self.model, self.adapter, self.recipe, self.states)
             self._solve(replace(preparation, token_weights=tuple(weights)))
 
-    def _collect(self, kind: str) -> CalibrationStates:
-        """Makes calibration states with the model as it is now."""
-        assert self.recipe.calibration is not None
+    def _collect(self, kind: str, num_states: int) -> CalibrationStates:
+        """Makes calibration states with the model as it is now, more than asked for if experts would starve."""
+        settings = self.recipe.calibration
+        assert settings is not None
         assert self.source is not None
-        return collect_states(
-            self.model,
-            *self.source,
-            self.recipe.calibration.model_copy(update={"states": kind}),
-            self.recipe.token_weights,
-            seed=self.recipe.seed,
-            progress=self.progress,
-        )
+        with self._trajectories_kept(settings) as settings:
+            while True:
+                states = collect_states(
+                    self.model,
+                    *self.source,
+                    settings.model_copy(update={"states": kind, "num_states": num_states}),
+                    self.recipe.token_weights,
+                    seed=self.recipe.seed,
+                    progress=self.progress,
+                )
+                grown = min(2 * num_states, settings.max_growth * settings.num_states, self._available(states, kind))
+                tokens = tokens_per_expert(self.model, self.adapter, states, settings.batch_size)
+                hungry = starved(tokens, settings.min_expert_tokens)
+                if not hungry or grown <= num_states:
+                    return states
+                logger.info(
+                    "%d experts read fewer than %d tokens: %d states instead of %d",
+                    hungry,
+                    settings.min_expert_tokens,
+                    grown,
+                    num_states,
+                )
+                num_states = grown
+
+    @contextmanager
+    def _trajectories_kept(self, settings: CalibrationSettings) -> Iterator[CalibrationSettings]:
+        """While the context lasts, the trajectories of a mixture model are cached: states may be drawn again."""
+        if settings.cache is not None or not mixtures(self.model):
+            yield settings
+            return
+        with tempfile.TemporaryDirectory() as directory:
+            yield settings.model_copy(update={"cache": directory})
+
+    def _available(self, states: CalibrationStates, kind: str) -> int:
+        """Returns how many states there are to choose from."""
+        assert self.source is not None
+        if states.coverage is not None and states.coverage.recorded is not None:
+            return sum(map(sum, states.coverage.recorded))
+        return len(self.source[1])
+
+    def _count_experts(self) -> None:
+        """Counts the tokens of each expert, and says which of them starve."""
+        settings = self.recipe.calibration
+        if self.states is None or settings is None:
+            return
+        self.expert_tokens = tokens_per_expert(self.model, self.adapter, self.states, settings.batch_size)
+        if self.expert_tokens:
+            hungry = starved(self.expert_tokens, settings.min_expert_tokens)
+            logger.log(
+                logging.WARNING if hungry else logging.INFO,
+                "%s%s",
+                experts_summary(self.expert_tokens, settings.min_expert_tokens),
+                "; calibration.num_prompts or calibration.max_growth may help" if hungry else "",
+            )
 
     def _solve(self, preparation: Preparation) -> None:
         calibration = self.recipe.calibration
@@ -420,6 +478,7 @@ def _attach_config(job: _Job) -> None:
         attention={name: describe_attention(found) for name, found in attention.items() if found is not None},
         coverage=None if states is None or states.coverage is None else states.coverage.to_dict(),
         allocation=[asdict(entry) for entry in job.allocation],
+        expert_tokens=job.expert_tokens,
         base_model=_hub_id(model),
     )
     model.config.quantization_config = config

@@ -180,6 +180,9 @@ class CalibrationSettings(Section):
         visible_prefix: Share of the sequence that mcs leaves visible.
         sampler: Sampler settings that replace the checkpoint's own while recording.
         batch_size: Sequences per forward pass.
+        min_expert_tokens: Mixture models: an expert that fewer tokens are routed to is starved. States are added until
+            none is, at most `max_growth` times as many; what is starved then is rounded to nearest.
+        max_growth: See `min_expert_tokens`.
         cache: Directory of recorded trajectories to reuse; "default" is one in the Hugging Face cache; None reuses
             nothing.
     """
@@ -192,6 +195,8 @@ class CalibrationSettings(Section):
     visible_prefix: float = Field(default=0.25, ge=0, lt=1)
     sampler: dict[str, int | float | bool | str | None] = Field(default_factory=dict)
     batch_size: int = Field(default=32, ge=1)
+    min_expert_tokens: int = Field(default=32, ge=1)
+    max_growth: int = Field(default=4, ge=1)
     cache: str | None = None
 
     @field_validator("quotas")

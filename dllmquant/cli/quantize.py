@@ -153,6 +153,7 @@ def _load_prompts(
 
 
 def _quantization_report(quantizer: "DLLMQuantizer", model: "PreTrainedModel", output: Path, seconds: float) -> str:
+    from dllmquant.calibration.experts import experts_summary
     from dllmquant.checkpoint import weight_bytes
     from dllmquant.lab.inspection import mean_bits
     from dllmquant.nn.linear import QuantLinear
@@ -183,6 +184,8 @@ def _quantization_report(quantizer: "DLLMQuantizer", model: "PreTrainedModel", o
         if quantizer.states.coverage is not None:
             lines.append(f"calibration states: {quantizer.states.coverage.summary()}")
         lines += [f"note: {note}" for note in quantizer.states.notes]
+    if quantizer.expert_tokens and recipe.calibration is not None:
+        lines.append(experts_summary(quantizer.expert_tokens, recipe.calibration.min_expert_tokens))
     lines.append(
         f"wrote {output} ({sum(path.stat().st_size for path in output.glob('*.safetensors')):,} bytes of weights)"
     )

@@ -106,7 +106,8 @@ def _config(model: PreTrainedModel, content: Content) -> dict[str, Any]:
                 f"format: {_FORM!r} cannot express that {leaf} is quantized in {count} of {everywhere} blocks only; "
                 "skip it in all of them or in none"
             )
-    skipped = [leaf for group in adapter.linear_groups for leaf in group if leaf not in leaves]
+    first = adapter.block_list(model)[0]
+    skipped = [leaf for _, group in adapter.sites(first) for leaf in group if leaf not in leaves]
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",

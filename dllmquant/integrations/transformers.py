@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from dllmquant.checkpoint import FORMAT_VERSION, CheckpointError, check_format_version
 from dllmquant.core.grid import Grid
 from dllmquant.integrations.saving import extend_saving
+from dllmquant.models.adapters import registered_adapters
 from dllmquant.nn.activation import ActivationScheme
 from dllmquant.nn.attention import AttentionQuantizer, AttentionScheme, install, installed
 from dllmquant.nn.linear import QuantLinear
@@ -41,6 +42,7 @@ class DLLMQuantConfig(QuantizationConfigMixin):
             "heads", "value_heads", "channels"}.
         coverage: Where in the denoising process the calibration states lie (`Coverage.to_dict`); None without states.
         allocation: The activation bits IA-AQ gave each site, with the errors it was decided by.
+        expert_tokens: Full path of each mixture layer -> the calibration tokens each expert read.
         base_model: Hub id of the original model; None if it was not loaded from the Hub.
         format_version: Version of the on-disk layout.
         **unknown: Must be empty but for `quant_method`.
@@ -60,6 +62,7 @@ class DLLMQuantConfig(QuantizationConfigMixin):
         attention: dict[str, dict[str, Any]] | None = None,
         coverage: dict[str, Any] | None = None,
         allocation: list[dict[str, Any]] | None = None,
+        expert_tokens: dict[str, list[int]] | None = None,
         base_model: str | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
@@ -78,6 +81,7 @@ class DLLMQuantConfig(QuantizationConfigMixin):
         self.attention = attention or {}
         self.coverage = coverage
         self.allocation = allocation or []
+        self.expert_tokens = expert_tokens or {}
         self.base_model = base_model
         for name in modules:
             self.scheme(name)
@@ -151,6 +155,9 @@ class DLLMQuantHfQuantizer(HfQuantizer):
         self._shapes: dict[str, torch.Size] = {}  # of the tensors, while they are loaded
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        adapter = registered_adapters().get(model.config.model_type)
+        if adapter is not None and adapter.arrange is not None:
+            adapter.arrange(model)
         for name in self.quantization_config.modules:
             grid, activation, steps = self.quantization_config.scheme(name)
             try:

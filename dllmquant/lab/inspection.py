@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModel, PretrainedConfig
 
+from dllmquant.calibration.experts import experts_summary
 from dllmquant.core.coverage import Coverage
 from dllmquant.core.grid import Grid
 from dllmquant.integrations.transformers import QUANT_METHOD, DLLMQuantConfig
@@ -75,6 +76,8 @@ def describe_checkpoint(directory: Path, config: PretrainedConfig) -> str:
         parts += [_layers(structure, layers, attention, sizes, directory), _attention_table(quantization)]
         bits, coverage = _activation_bits(structure, quantization), _coverage(quantization)
         parts += [_bits_table(bits) if bits else "", _coverage_table(coverage, recipe) if coverage else ""]
+        if quantization.expert_tokens and recipe.calibration is not None:
+            parts.append(experts_summary(quantization.expert_tokens, recipe.calibration.min_expert_tokens))
     lines = "\n".join(f"{title + ':':<17}{value}" for title, value in facts)
     return "\n\n".join(part for part in (lines, *parts, _files(directory)) if part)
 
@@ -133,6 +136,8 @@ class _Structure:
         with torch.device("meta"):
             skeleton = AutoModel.from_config(type(config).from_dict(content))
         adapter = adapter_for(skeleton)
+        if adapter.arrange is not None:
+            adapter.arrange(skeleton)
         return cls(
             {name: cast("nn.Linear", module) for name, module in adapter.linears(skeleton)},
             tuple(f"{adapter.blocks}.{index}" for index in range(len(adapter.block_list(skeleton)))),

@@ -1,10 +1,11 @@
-"""What the attention of several families is made of: RMS norm, rotary positions, repeated heads, attention masks.
+"""What the blocks of several families are made of: norms, feed-forward layers, rotary positions, attention masks.
 
 Rotary tables are computed while the model runs. They are no buffers: buffers that a checkpoint does not store hold
 whatever memory held before after a model was built on the meta device.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -21,6 +22,21 @@ class RMSNorm(nn.Module):
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
+
+
+class GatedMLP(nn.Module):
+    """A SiLU-gated feed-forward layer without biases."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps normed tokens [..., width] to what is added to the residual stream."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 def rotary_cos_sin(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -78,3 +94,31 @@ def expand_attention_mask(attention_mask: Tensor | None, ids_shape: torch.Size, 
         f"attention_mask: shape {tuple(attention_mask.shape)} does not fit inputs {tuple(ids_shape)}; "
         f"valid: [batch, length] or bool [1 or batch, 1 or {n_heads} heads, length, length]"
     )
+
+
+def block_causal_mask(
+    attention_mask: Tensor | None, shape: torch.Size, block_length: int, device: torch.device
+) -> Tensor:
+    """Returns which tokens a token attends to when blocks follow one another: those of its own block and earlier ones.
+
+    Args:
+        attention_mask: Padding mask [batch, length], nonzero on real tokens; None if all are.
+        shape: (batch, length) of the inputs.
+        block_length: Tokens per block, counted from each row's first real token.
+        device: Where the mask is needed.
+
+    Returns:
+        bool [batch, 1, length, length], with batch 1 if there is no padding mask; False for keys that are padding.
+
+    Raises:
+        ValueError: The padding mask has another shape.
+    """
+    if attention_mask is None:
+        real = torch.ones(1, shape[1], dtype=torch.bool, device=device)
+    elif attention_mask.shape == shape:
+        real = attention_mask.to(device).bool()
+    else:
+        raise ValueError(f"attention_mask: shape {tuple(attention_mask.shape)}; valid: {tuple(shape)}")
+    block = (real.cumsum(1) - 1).clamp(min=0) // block_length
+    allowed: Tensor = (block[:, :, None] >= block[:, None, :]) & real[:, None, :]
+    return allowed[:, None]

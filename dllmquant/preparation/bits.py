@@ -13,10 +13,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from dllmquant.calibration import CalibrationStates
-from dllmquant.capture import BlockCall, input_of
+from dllmquant.capture import BlockCall, inputs_of
 from dllmquant.core.allocate import allocate
 from dllmquant.core.iaaq import SiteErrors
 from dllmquant.models import ModelAdapter
+from dllmquant.models.experts import is_expert
 from dllmquant.nn.activation import ActivationScheme, quantize_activation
 from dllmquant.nn.transform import InputTransform
 from dllmquant.plan import Plan
@@ -114,11 +115,15 @@ class BitAllocation:
             matrix = transform.inverse_transpose_weight(matrix).to(matrix)
         trials = list(self._trials(group))
         quantizers = [functools.partial(quantize_activation, scheme=scheme) for _, _, scheme in trials]
-        errors = SiteErrors(matrix, quantizers)
+        errors, count = SiteErrors(matrix, quantizers), 0
         for call, w in zip(calls, weights, strict=True):
-            x = input_of(block, linears[0], call).float()
-            errors.add(x if transform is None else transform(x), w)
-        for (unit, bits, _), error in zip(trials, errors.relative().tolist(), strict=True):
+            seen = inputs_of(block, linears[:1], call, w)
+            x = seen.tokens[0].float()
+            count += int((seen.weights[0] > 0).sum())
+            errors.add(x if transform is None else transform(x), seen.weights[0])
+        starved = count == 0 and is_expert(block, linears[0])  # an expert nothing speaks for has low bits
+        found = [0.0] * len(trials) if starved else errors.relative().tolist()
+        for (unit, bits, _), error in zip(trials, found, strict=True):
             self.errors.setdefault(unit, {})[bits] = error
 
     def measure_logits(self, states: CalibrationStates, batch_size: int, *, progress: bool) -> None:

@@ -5,27 +5,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dllmquant.capture import BlockCall, input_of
+from dllmquant.capture import BlockCall, inputs_of
 from dllmquant.core.stats import HessianAccumulator, InputMagnitudes, input_magnitudes
+from dllmquant.models.experts import is_expert
 
 
 def second_moments(
     block: nn.Module, linear: nn.Linear, calls: Sequence[BlockCall], weights: Sequence[Tensor]
-) -> Tensor:
-    """Returns the weighted second moments of a layer's input over all calls, float32 [in, in]."""
+) -> Tensor | None:
+    """Returns the weighted second moments of a layer's input over all calls, float32 [in, in].
+
+    None if the layer is an expert's that no token was routed to.
+    """
     accumulator = HessianAccumulator(linear.in_features, device=linear.weight.device)
     for call, token_weights in zip(calls, weights, strict=True):
-        accumulator.add(input_of(block, linear, call), token_weights)
-    return accumulator.hessian()
+        seen = inputs_of(block, [linear], call, token_weights)
+        accumulator.add(seen.tokens[0], seen.weights[0])
+    return None if accumulator.tokens == 0 and is_expert(block, linear) else accumulator.hessian()
 
 
 def magnitudes(
     block: nn.Module, linear: nn.Linear, calls: Sequence[BlockCall], weights: Sequence[Tensor]
 ) -> InputMagnitudes:
     """Returns how large the channels of a layer's input are over all calls."""
-    return input_magnitudes(
-        (input_of(block, linear, call), token_weights) for call, token_weights in zip(calls, weights, strict=True)
-    )
+    seen = (inputs_of(block, [linear], call, w) for call, w in zip(calls, weights, strict=True))
+    return input_magnitudes((part.tokens[0], part.weights[0]) for part in seen)
 
 
 def sample_tokens(
@@ -36,8 +40,9 @@ def sample_tokens(
     per_call = -(-count // len(calls))
     rows, drawn = [], []
     for call, token_weights in zip(calls, weights, strict=True):
-        used = token_weights > 0
-        x, w = input_of(block, linear, call)[used], token_weights[used]
+        seen = inputs_of(block, [linear], call, token_weights)
+        used = seen.weights[0] > 0
+        x, w = seen.tokens[0][used], seen.weights[0][used]
         chosen = torch.randperm(len(x), generator=generator)[:per_call].to(x.device)
         rows.append(x[chosen])
         drawn.append(w[chosen])

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from dllmquant.capture import BlockCall, output_of
+from dllmquant.capture import BlockCall, inputs_of, output_of
 from dllmquant.models import ModelAdapter
+from dllmquant.models.experts import is_expert, mixtures
 from dllmquant.plan import Plan
 from dllmquant.preparation.inputs import magnitudes, sample_tokens
 from dllmquant.settings import AWQ, SmoothQuant
@@ -45,21 +46,26 @@ def scale_block(
     """
     quantized = set(plan.modules)
     for producer, consumers in _scale_pairs(block, adapter, transform):
-        linears = [linear_at(block, consumer) for consumer in consumers]
         rounded = [consumer for consumer in consumers if prefix + consumer in quantized]
         if not rounded:
             continue
-        size = magnitudes(block, linears[0], calls, weights)
-        own = [linear.weight.detach() for linear in linears]
+        linears = [linear_at(block, consumer) for consumer in consumers]
+        # a reader of all tokens, if there is one: experts read some
+        reader = min(linears, key=lambda linear: is_expert(block, linear))
+        expert = is_expert(block, reader)
+        if expert and not any(float(w.sum()) for _, w in _reads(block, reader, calls, weights)):
+            continue  # starved: it keeps its scales
+        size = magnitudes(block, reader, calls, weights)
+        own = [linear_at(block, consumer).weight.detach() for consumer in rounded]
         if isinstance(transform, SmoothQuant):
             scales = smooth_scales(size.absmax, own, transform.alpha)
         else:
-            if transform.objective == "layer":
-                x, token_weights = sample_tokens(block, linears[0], calls, weights, _SAMPLES, seed)
+            if transform.objective == "layer" or expert:
+                x, token_weights = sample_tokens(block, reader, calls, weights, _SAMPLES, seed)
                 matrices = [linear_at(block, consumer).weight.detach() for consumer in rounded]
                 evaluate = linear_objective(matrices, x, token_weights, plan.grid, plan.activation)
             else:
-                end = block.get_submodule(_sub_block_end(adapter, rounded))
+                end = block.get_submodule(_sub_block_end(adapter, block, rounded))
                 run = functools.partial(_outputs, block, end, search[0])
                 evaluate = sub_block_objective(block, rounded, run, search[1], plan.grid, plan.activation)
             mean = mean_magnitude(own, plan.grid) if transform.duo_scaling else None
@@ -72,18 +78,35 @@ def _outputs(block: nn.Module, end: nn.Module, calls: Sequence[BlockCall]) -> It
     return (output_of(block, end, call) for call in calls)
 
 
-def _sub_block_end(adapter: ModelAdapter, consumers: Sequence[str]) -> str:
-    """Returns the layer that writes the output of the sub-block (attention or feed-forward) the consumers are in."""
-    order = [leaf for group in adapter.linear_groups for leaf in group]
-    later = order[order.index(consumers[0]) :]
-    return next(leaf for leaf in later if leaf in adapter.residual_outputs)
+def _reads(
+    block: nn.Module, linear: nn.Module, calls: Sequence[BlockCall], weights: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields, per call, what a layer reads and how much it counts."""
+    for call, token_weights in zip(calls, weights, strict=True):
+        seen = inputs_of(block, [linear], call, token_weights)
+        yield seen.tokens[0], seen.weights[0]
+
+
+def _sub_block_end(adapter: ModelAdapter, block: nn.Module, consumers: Sequence[str]) -> str:
+    """Returns the module that writes the output of the sub-block (attention or feed-forward) the consumers are in.
+
+    That is the layer that writes to the residual stream; where experts do, what adds them up.
+    """
+    order = [leaf for _, group in adapter.sites(block) for leaf in group]
+    outputs = adapter.outputs(block)
+    last = next(leaf for leaf in order[order.index(consumers[0]) :] if leaf in outputs)
+    for path in mixtures(block):
+        feed_forward = path.rpartition(".")[0] or path  # with what is added to the experts, such as shared ones
+        if last.startswith(feed_forward + "."):
+            return feed_forward
+    return last
 
 
 def _scale_pairs(
     block: nn.Module, adapter: ModelAdapter, transform: SmoothQuant | AWQ
 ) -> list[tuple[str, tuple[str, ...]]]:
     """Lists (producer, consumers) a method scales: SmoothQuant norms only; AWQ linear producers as well."""
-    pairs = list(adapter.scale_pairs)
+    pairs = adapter.pairs(block)
     if isinstance(transform, SmoothQuant):
         return [pair for pair in pairs if not isinstance(block.get_submodule(pair[0]), nn.Linear)]
     if adapter.value_output is not None:

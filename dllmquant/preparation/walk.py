@@ -117,14 +117,15 @@ def _checked_function(
     if not folded:
         yield
         return
-    mask_id = adapter.mask_id(model.config)
+    vocabulary = model.get_submodule(adapter.embedding).get_parameter("weight").shape[0]
     if states is None:
-        vocabulary = model.get_submodule(adapter.embedding).get_parameter("weight").shape[0]
         ids = torch.randint(vocabulary, (_PROBE_STATES, 32), generator=torch.Generator().manual_seed(0))
         keep = torch.ones_like(ids, dtype=torch.bool)
     else:
         ids, keep = states.batch.ids[:_PROBE_STATES], states.batch.attention_mask[:_PROBE_STATES]
     ids, keep = ids.to(model.device), keep.to(model.device)
+    noise = torch.randint(vocabulary, ids.shape, generator=torch.Generator().manual_seed(1)).to(ids.device)
+    mask_id = noise if adapter.mask_token_id is None else adapter.mask_id(model.config)
     blocks = adapter.block_list(model)
     with in_float32(model, blocks):
         before = probe_logits(adapter.denoiser(model), ids, keep, mask_id)
@@ -208,7 +209,9 @@ class _Walk:
             for group in groups:
                 settings = self.plan.input_transforms.get(group[0])
                 if settings is not None:
-                    self.transforms[group[0]] = self._fit(block, group, calls, weights, settings)
+                    fitted = self._fit(block, group, calls, weights, settings)
+                    if fitted is not None:
+                        self.transforms[group[0]] = fitted
                 if measured is not None:
                     attended = (states.weights * received[index]).to(device).split(size)
                     measured.measure_output(block, group, calls, attended)
@@ -222,18 +225,23 @@ class _Walk:
         calls: Sequence[BlockCall],
         weights: Sequence[Tensor],
         settings: InputTransformSettings,
-    ) -> InputTransform:
-        """Fits the input transform of a group."""
+    ) -> InputTransform | None:
+        """Fits the input transform of a group; None where it needs data and no token was routed to an expert."""
         linears = [linear_at(self.model, name) for name in group]
         if isinstance(settings, Hadamard):
             fitted = fit_hadamard(linears[0].in_features, block_size=settings.block_size, seed=self.recipe.seed)
         elif isinstance(settings, DuQuant):
             samples, _ = sample_tokens(block, linears[0], calls, weights, _SAMPLES, self.recipe.seed)
+            if not len(samples):
+                return None
             fitted = fit_duquant(samples, block_size=settings.block_size, steps=settings.steps, seed=self.recipe.seed)
         else:
             assert isinstance(settings, WUSH)
+            moments = second_moments(block, linears[0], calls, weights)
+            if moments is None:
+                return None
             fitted = fit_wush(
-                second_moments(block, linears[0], calls, weights),
+                moments,
                 [linear.weight.detach() for linear in linears],
                 block_size=settings.block_size,
                 damping=settings.damping,

@@ -43,7 +43,7 @@ def plant_outliers(
     generator = torch.Generator().manual_seed(seed)
     residual: Tensor | None = None
     for block in adapter.block_list(model):
-        for producer_name, consumer_names in adapter.scale_pairs:
+        for producer_name, consumer_names in adapter.pairs(block):
             producer = block.get_submodule(producer_name)
             width = producer.get_parameter("weight").shape[0]
             if not 1 <= channels <= width:

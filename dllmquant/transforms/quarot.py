@@ -41,7 +41,7 @@ def rotate_residual(model: nn.Module, adapter: ModelAdapter, *, seed: int = 0) -
             with a gain alone, a layer is not `nn.Linear`, a parameter is shared, a width is not the residual's, or
             there is no Hadamard matrix of that width. The model is then unchanged.
     """
-    norm_pairs, final_norm = _residual_fields(model, adapter)
+    final_norm = _residual_fields(model, adapter)
     embedding = model.get_submodule(adapter.embedding).get_parameter("weight")
     width = embedding.shape[1]
     norms: list[Tensor] = []
@@ -53,11 +53,11 @@ def rotate_residual(model: nn.Module, adapter: ModelAdapter, *, seed: int = 0) -
         norms.append(gain)
         readers.extend((_checked(model, name, 1, width).weight, gain.double().clone()) for name in linears)
 
-    for index in range(len(adapter.block_list(model))):
+    for index, block in enumerate(adapter.block_list(model)):
         prefix = f"{adapter.blocks}.{index}."
-        for producer, consumers in norm_pairs:
+        for producer, consumers in _norm_pairs(adapter, block):
             add(prefix + producer, (prefix + name for name in consumers))
-        writers += [_checked(model, prefix + name, 0, width) for name in adapter.residual_outputs]
+        writers += [_checked(model, prefix + name, 0, width) for name in adapter.outputs(block)]
     add(final_norm, (adapter.head,))
     touched = [embedding, *norms, *(weight for weight, _ in readers), *(p for w in writers for p in w.parameters())]
     if len({parameter.data_ptr() for parameter in touched}) != len(touched):
@@ -98,22 +98,28 @@ def rotate_values(model: nn.Module, adapter: ModelAdapter, *, seed: int = 0) -> 
     for index in range(len(adapter.block_list(model))):
         prefix = f"{adapter.blocks}.{index}."
         value, output = linear_at(model, prefix + value_name), linear_at(model, prefix + output_name)
-        if value.out_features % value_heads or output.in_features * value_heads != value.out_features * query_heads:
+        size = output.in_features // query_heads
+        fused = value.out_features == (query_heads + 2 * value_heads) * size  # queries, keys and values, in that order
+        if output.in_features % query_heads or not (fused or value.out_features == value_heads * size):
             raise ValueError(
                 f"{prefix}{value_name} has {value.out_features} outputs, {output_name} {output.in_features} inputs; "
                 f"valid: as many per head, with {value_heads} value and {query_heads} query heads"
             )
-        pairs.append((value, output))
-    rotation = random_hadamard(pairs[0][0].out_features // value_heads, seed)
-    for value, output in pairs:
-        _multiply_left(value, rotation)
+        pairs.append((value, output, value_heads * size))
+    rotation = random_hadamard(pairs[0][1].in_features // query_heads, seed)
+    for value, output, rows in pairs:
+        _multiply_left(value, rotation, rows)
         _multiply(output.weight, rotation)
 
 
-def _residual_fields(model: nn.Module, adapter: ModelAdapter) -> tuple[tuple[tuple[str, tuple[str, ...]], ...], str]:
-    """Returns the (norm, consumers) pairs of a block and the final norm, or says why there is nothing to rotate."""
-    first_block = adapter.block_list(model)[0]
-    norm_pairs = tuple(p for p in adapter.scale_pairs if not isinstance(first_block.get_submodule(p[0]), nn.Linear))
+def _norm_pairs(adapter: ModelAdapter, block: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
+    """Returns the (norm, consumers) pairs of a block."""
+    return [pair for pair in adapter.pairs(block) if not isinstance(block.get_submodule(pair[0]), nn.Linear)]
+
+
+def _residual_fields(model: nn.Module, adapter: ModelAdapter) -> str:
+    """Returns the final norm, or says why there is nothing to rotate."""
+    norm_pairs = _norm_pairs(adapter, adapter.block_list(model)[0])
     where = f"adapter {adapter.model_type!r}"
     if not norm_pairs:
         raise ValueError(f"{where}: scale_pairs names no norm; the residual cannot be rotated without its readers")
@@ -128,7 +134,7 @@ def _residual_fields(model: nn.Module, adapter: ModelAdapter) -> tuple[tuple[tup
             "tie_word_embeddings: True in the model's config; valid: False. The final norm's gain cannot be folded "
             "into a head that is also the embedding; give the head its own copy first"
         )
-    return norm_pairs, adapter.final_norm
+    return adapter.final_norm
 
 
 def _rms_gain(model: nn.Module, name: str, width: int) -> nn.Parameter:
@@ -163,9 +169,10 @@ def _multiply(weight: Tensor, matrix: Tensor) -> None:
         rows.copy_(rows.double() @ matrix)
 
 
-def _multiply_left(linear: nn.Linear, matrix: Tensor) -> None:
-    """W ← diag(M, M, …)ᵀ W and b ← diag(M, M, …)ᵀ b in float64: as many M as fit the rows."""
+def _multiply_left(linear: nn.Linear, matrix: Tensor, rows: int | None = None) -> None:
+    """W ← diag(M, M, …)ᵀ W and b ← diag(M, M, …)ᵀ b in float64, over the last `rows` rows: as many M as fit them."""
     transposed = matrix.T.to(linear.weight.device)
     for parameter in linear.parameters():
-        blocks = parameter.view(-1, len(matrix), parameter[0].numel())
+        part = parameter if rows is None else parameter[-rows:]
+        blocks = part.view(-1, len(matrix), parameter[0].numel())
         blocks.copy_(transposed @ blocks.double())

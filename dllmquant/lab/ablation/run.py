@@ -227,7 +227,10 @@ def _agreement_prompts(ablation: Ablation) -> list[str]:
 
 def _linear_bytes(model: PreTrainedModel) -> float:
     """Bytes per weight of the layers recipes quantize, in a model that is not quantized."""
-    weights: list[Tensor] = [module.get_parameter("weight") for _, module in adapter_for(model).linears(model)]
+    adapter = adapter_for(model)
+    if adapter.arrange is not None:
+        adapter.arrange(model)
+    weights: list[Tensor] = [module.get_parameter("weight") for _, module in adapter.linears(model)]
     return sum(weight.nbytes for weight in weights) / sum(weight.numel() for weight in weights)
 
 
