@@ -8,10 +8,10 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow lint format types wheel clean all
+.PHONY: help install demo test test-slow lint format types wheel wheel-check clean all
 
 help:  ## list the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP)  ## create .venv and install the package with its development tools
 
@@ -45,6 +45,14 @@ types: $(STAMP)  ## check types
 
 wheel: $(STAMP)  ## build a wheel into dist/
 	$(BIN)/python -m pip wheel --no-deps -w dist .
+
+wheel-check: wheel  ## install the wheel in an empty environment and run the docs there
+	rm -rf build/wheel-check && mkdir -p build/wheel-check/tests
+	$(PYTHON) -m venv build/wheel-check/env
+	wheel=$$(ls -t dist/dllmquant-*.whl | head -1) && \
+		build/wheel-check/env/bin/python -m pip install -q -c .ci/constraints.txt "$$wheel[eval,export]" pytest pytest-timeout
+	cp -r docs README.md recipes benchmarks CHANGELOG.md build/wheel-check/ && cp tests/test_docs.py build/wheel-check/tests/
+	cd build/wheel-check && env/bin/python -P -m pytest -q -c /dev/null --rootdir . tests/test_docs.py
 
 clean:  ## remove what the other targets wrote, except .venv
 	rm -rf dist build demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis

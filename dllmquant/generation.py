@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dllmquant.decoding import Generation, sample
+from dllmquant.decoding import Generation, UniformNoiseSamplerConfig, sample, sample_canvases
 from dllmquant.models import adapter_for
 
 
@@ -98,10 +98,26 @@ def generate_from_ids(
     was_training = model.training
     model.eval()
     try:
+        if isinstance(config, UniformNoiseSamplerConfig):
+            return sample_canvases(
+                adapter.refiner(model),
+                rows,
+                _fitting(config, model),
+                vocab_size=model.get_submodule(adapter.embedding).get_parameter("weight").shape[0],
+                pad_token_id=eos if pad is None else pad,
+                eos_token_id=eos,
+                eot_token_id=None if adapter.eot_token is None else tokenizer.get_vocab().get(adapter.eot_token),
+                generator=torch.Generator().manual_seed(seed),
+                device=device,
+                batch_size=batch_size,
+                record=record,
+                progress=progress,
+            )
         return sample(
             adapter.denoiser(model),
             rows,
             config,
+            cached=adapter.cached_denoiser(model),
             mask_token_id=adapter.mask_id(model.config),
             pad_token_id=eos if pad is None else pad,
             eos_token_id=eos,
@@ -116,10 +132,19 @@ def generate_from_ids(
         model.train(was_training)
 
 
+def _fitting(config: UniformNoiseSamplerConfig, model: PreTrainedModel) -> UniformNoiseSamplerConfig:
+    """Returns settings whose canvas is the model's."""
+    if config.canvas_length != model.config.canvas_length:
+        raise ValueError(f"canvas_length is {config.canvas_length}; valid: {model.config.canvas_length}, the model's")
+    return config
+
+
 def decode_completions(tokenizer: PreTrainedTokenizerBase, generation: Generation) -> list[str]:
-    """Turns generated ids into texts, cut at the first EOS, without special tokens."""
+    """Turns generated ids into texts, cut at the first EOS or where the sampler ended them, without special tokens."""
     texts = []
-    for row in generation.tokens.tolist():
+    lengths = [None] * len(generation.tokens) if generation.lengths is None else generation.lengths.tolist()
+    for tokens, length in zip(generation.tokens.tolist(), lengths, strict=True):
+        row = tokens[:length]
         end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
         texts.append(str(tokenizer.decode(row[:end], skip_special_tokens=True)))
     return texts

@@ -2,17 +2,13 @@
 
 import logging
 import re
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from optimum.quantization_base import OptimumQuantizer
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dllmquant._version import __version__
@@ -21,10 +17,9 @@ from dllmquant.calibration import (
     Prompt,
     builtin_prompts,
     check_prompts,
-    collect_states,
     prompts_needed,
 )
-from dllmquant.calibration.experts import ExpertTokens, experts_summary, starved, tokens_per_expert
+from dllmquant.calibration.experts import ExpertTokens
 from dllmquant.integrations.saving import extend_saving
 from dllmquant.integrations.transformers import (
     DLLMQuantConfig,
@@ -32,15 +27,15 @@ from dllmquant.integrations.transformers import (
     describe_attention,
     describe_layer,
 )
+from dllmquant.job import Job, left_untouched_on_failure
 from dllmquant.models import ModelAdapter, adapter_for
 from dllmquant.models.experts import mixtures
-from dllmquant.nn.attention import installed, uninstall
+from dllmquant.nn.attention import installed
 from dllmquant.nn.linear import QuantLinear
-from dllmquant.pipeline import LayerReport, quantize_blocks
+from dllmquant.pipeline import LayerReport
 from dllmquant.plan import Plan, make_plan
-from dllmquant.preparation import Preparation, SiteBits, block_token_weights, prepare
+from dllmquant.preparation import SiteBits
 from dllmquant.recipe import Recipe
-from dllmquant.settings import CalibrationSettings, FoldedTransforms
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +162,7 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         recipe = self.recipe if seed is None else Recipe.load(self.recipe.to_dict() | {"seed": seed})
         if recipe.calibration is None and (prompts is not None or states is not None):
             raise ValueError(f"prompts, states: recipe {recipe.name!r} uses no calibration data; leave them None")
-        job = _Job(target, adapter, plan, recipe, progress)
+        job = Job(target, adapter, plan, recipe, progress)
         needs_prompts = recipe.calibration is not None and (
             states is None or recipe.calibration.states == "closed_loop"
         )
@@ -179,7 +174,7 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         was_training = target.training
         target.eval()
         try:
-            with _left_untouched_on_failure(target, recipe):
+            with left_untouched_on_failure(target, recipe):
                 job.run(states)
         finally:
             target.train(was_training)
@@ -308,141 +303,6 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         return adapter, make_plan(model, adapter, self.recipe)
 
 
-@dataclass
-class _Job:
-    """One quantization: states, preparation and solving, twice for closed-loop states."""
-
-    model: PreTrainedModel
-    adapter: ModelAdapter
-    plan: Plan
-    recipe: Recipe
-    progress: bool
-    source: tuple[PreTrainedTokenizerBase, Sequence[Prompt]] | None = None
-    reports: list[LayerReport] = field(default_factory=list)
-    states: CalibrationStates | None = None
-    allocation: tuple[SiteBits, ...] = ()
-    expert_tokens: ExpertTokens = field(default_factory=dict)
-
-    def run(self, given: CalibrationStates | None) -> None:
-        """Quantizes the model, with states made before if given."""
-        settings = self.recipe.calibration
-        closed_loop = settings is not None and settings.states == "closed_loop"
-        if given is not None:
-            self.states = given.reweighted(self.recipe.token_weights)
-        elif settings is not None:
-            self.states = self._collect("trajectory" if closed_loop else settings.states, settings.num_states)
-        self._count_experts()
-        preparation = prepare(self.model, self.adapter, self.plan, self.recipe, self.states, progress=self.progress)
-        self.allocation = preparation.allocation
-        originals = {name: self.model.get_submodule(name) for name in self.plan.modules}
-        self._solve(preparation)
-        if closed_loop:
-            assert self.states is not None
-            self.states = self._collect("closed_loop", len(self.states.batch))
-            for block in self.adapter.block_list(self.model):
-                if installed(block) is not None:
-                    uninstall(block)
-            for name, module in originals.items():
-                self.model.set_submodule(name, module)
-            _, weights = block_token_weights(self.model, self.adapter, self.recipe, self.states)
-            self._solve(replace(preparation, token_weights=tuple(weights)))
-
-    def _collect(self, kind: str, num_states: int) -> CalibrationStates:
-        """Makes calibration states with the model as it is now, more than asked for if experts would starve."""
-        settings = self.recipe.calibration
-        assert settings is not None
-        assert self.source is not None
-        with self._trajectories_kept(settings) as settings:
-            while True:
-                states = collect_states(
-                    self.model,
-                    *self.source,
-                    settings.model_copy(update={"states": kind, "num_states": num_states}),
-                    self.recipe.token_weights,
-                    seed=self.recipe.seed,
-                    progress=self.progress,
-                )
-                grown = min(2 * num_states, settings.max_growth * settings.num_states, self._available(states, kind))
-                tokens = tokens_per_expert(self.model, self.adapter, states, settings.batch_size)
-                hungry = starved(tokens, settings.min_expert_tokens)
-                if not hungry or grown <= num_states:
-                    return states
-                logger.info(
-                    "%d experts read fewer than %d tokens: %d states instead of %d",
-                    hungry,
-                    settings.min_expert_tokens,
-                    grown,
-                    num_states,
-                )
-                num_states = grown
-
-    @contextmanager
-    def _trajectories_kept(self, settings: CalibrationSettings) -> Iterator[CalibrationSettings]:
-        """While the context lasts, the trajectories of a mixture model are cached: states may be drawn again."""
-        if settings.cache is not None or not mixtures(self.model):
-            yield settings
-            return
-        with tempfile.TemporaryDirectory() as directory:
-            yield settings.model_copy(update={"cache": directory})
-
-    def _available(self, states: CalibrationStates, kind: str) -> int:
-        """Returns how many states there are to choose from."""
-        assert self.source is not None
-        if states.coverage is not None and states.coverage.recorded is not None:
-            return sum(map(sum, states.coverage.recorded))
-        return len(self.source[1])
-
-    def _count_experts(self) -> None:
-        """Counts the tokens of each expert, and says which of them starve."""
-        settings = self.recipe.calibration
-        if self.states is None or settings is None:
-            return
-        self.expert_tokens = tokens_per_expert(self.model, self.adapter, self.states, settings.batch_size)
-        if self.expert_tokens:
-            hungry = starved(self.expert_tokens, settings.min_expert_tokens)
-            logger.log(
-                logging.WARNING if hungry else logging.INFO,
-                "%s%s",
-                experts_summary(self.expert_tokens, settings.min_expert_tokens),
-                "; calibration.num_prompts or calibration.max_growth may help" if hungry else "",
-            )
-
-    def _solve(self, preparation: Preparation) -> None:
-        calibration = self.recipe.calibration
-        self.reports = quantize_blocks(
-            self.model,
-            self.adapter,
-            self.plan,
-            self.recipe,
-            self.states,
-            preparation,
-            batch_size=1 if calibration is None else calibration.batch_size,
-            progress=self.progress,
-        )
-
-
-@contextmanager
-def _left_untouched_on_failure(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
-    """Gives the parameters their values back if the context fails while no layer is packed.
-
-    They wait on disk, not in memory, because a transform such as QuaRot touches all of them.
-    """
-    if not any(isinstance(transform, FoldedTransforms) for transform in recipe.transforms):
-        yield
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory) / "parameters.safetensors"
-        save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, file)
-        try:
-            yield
-        except BaseException:
-            if not any(isinstance(module, QuantLinear) for module in model.modules()):
-                with safe_open(file, framework="pt") as saved, torch.no_grad():
-                    for name, parameter in model.named_parameters():
-                        parameter.copy_(saved.get_tensor(name))
-            raise
-
-
 def _tokenizer(given: PreTrainedTokenizerBase | str | Path | None, model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """Returns the given tokenizer, loaded if it is a path or hub id, or else the one saved with the model."""
     if given is not None and not isinstance(given, str | Path):
@@ -463,7 +323,7 @@ def _hub_id(model: PreTrainedModel) -> str | None:
     return path if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).exists() else None
 
 
-def _attach_config(job: _Job) -> None:
+def _attach_config(job: Job) -> None:
     """Makes the model a quantized transformers model: `save_pretrained` then writes all that a reload needs."""
     model, states = job.model, job.states
     modules = {name: model.get_submodule(name) for name in job.plan.modules}

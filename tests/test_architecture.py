@@ -60,6 +60,7 @@ RESERVED = (
                 "dllmquant.lab",
                 "dllmquant.tasks",
                 "dllmquant.generation",
+                "dllmquant.job",
                 "dllmquant.quantizer",
                 "dllmquant.checkpoint",
                 "dllmquant.pipeline",

@@ -244,7 +244,7 @@ def odd_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("nobody/such-model", "model: nobody/such-model cannot be read: "),
         ("{odd}/empty", "empty holds no config.json"),
         ("{odd}/file", "file is a file; give the checkpoint's directory"),
-        ("{odd}/bert", "bert is a 'bert'; valid diffusion LLMs: Dream, llada"),
+        ("{odd}/bert", "bert is a 'bert'; valid diffusion LLMs: Dream, Fast_dLLM_Qwen, "),
         ("{odd}/alien", "alien cannot be read: "),
         ("{odd}/broken", "broken cannot be read: "),
     ],

@@ -2,7 +2,10 @@
 
 import contextlib
 import io
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,13 +21,21 @@ def blocks(page: Path, language: str) -> list[str]:
     return [text for kind, text in BLOCK.findall(page.read_text()) if kind == language]
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
-def test_python_blocks_run(page, tmp_path, monkeypatch):
+def test_blocks_run_from_top_to_bottom(page, tmp_path, monkeypatch):
+    """Python blocks in one namespace; on the page about other programs, commands between them, as a reader would."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     namespace: dict[str, object] = {"__name__": "__docs__"}
-    for source in blocks(page, "python"):
-        with contextlib.redirect_stdout(io.StringIO()):
-            exec(compile(source, f"{page.name}", "exec"), namespace)
+    for kind, source in BLOCK.findall(page.read_text()):
+        if kind == "python":
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(compile(source, f"{page.name}", "exec"), namespace)
+        elif kind == "bash" and page.name == "ecosystem.md":
+            done = subprocess.run(["bash", "-euc", source], check=False, capture_output=True, text=True)
+            assert done.returncode == 0, source + done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")], ids=lambda page: page.name)

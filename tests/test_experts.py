@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from dllmquant import DLLMQuantizer, Recipe
 from dllmquant.calibration import CalibrationStates
 from dllmquant.calibration.experts import tokens_per_expert
 from dllmquant.capture import BlockCall, inputs_of
-from dllmquant.core.gptq import gptq
-from dllmquant.core.grid import Grid
+from dllmquant.core.gptq import GPTQResult, gptq
+from dllmquant.core.grid import Clip, Grid
 from dllmquant.core.qronos import qronos
 from dllmquant.core.rtn import rtn
 from dllmquant.lab.inspection import describe_checkpoint
@@ -161,7 +162,8 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     AutoModel.register(MixtureConfig, ToyMixture, exist_ok=True)
 
 
-def toy(seed: int = 0, dtype: torch.dtype = torch.float32) -> ToyMixture:
+def toy(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """A toy with weights far from their initial values; typed loosely for its modules' sake."""
     tokenizer = tiny_tokenizer()
     model = ToyMixture(
         MixtureConfig(
@@ -356,7 +358,7 @@ def test_experts_are_solved_on_their_own_tokens(solver: str, budget: int, monkey
         if solver == "qronos":
             source = seen_by(full, "layers.2.mlp.experts", states)[0]
             moments.append(mean_outer(source[rows] - x[rows], x[rows], weights))
-        solve = {"gptq": gptq, "qronos": qronos}[solver]
+        solve: Callable[..., GPTQResult] = gptq if solver == "gptq" else qronos
         options = {"act_order": settings.act_order, "damping": settings.damping, "clip": settings.clip}
         expected = solve(full.get_submodule(f"{name}.gate").weight.detach(), *moments, grid, **options).weight
         layer = model.get_submodule(f"{name}.gate")
@@ -392,7 +394,7 @@ def test_a_starved_expert_is_rounded_to_nearest_and_said(caplog: pytest.LogCaptu
     name = "layers.2.mlp.experts.1.down"
     layer = model.get_submodule(name)
     assert isinstance(layer, QuantLinear)
-    clip = "mse" if weights.clip == "mse" else "none"
+    clip: Clip = "mse" if weights.clip == "mse" else "none"
     expected = rtn(original.get_submodule(name).weight.detach(), grid, clip=clip)
     assert torch.equal(layer.quantized_weight().codes, expected.codes)
     assert "; 10 read fewer than 1000000 and are rounded to nearest; calibration.num_prompts or" in caplog.text

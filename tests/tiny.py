@@ -5,9 +5,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, PreTrainedModel, PreTrainedTokenizerFast
 
-from dllmquant.models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
+from dllmquant.models import (
+    DreamConfig,
+    DreamModel,
+    Fast_dLLM_QwenForCausalLM,
+    FastDLLMConfig,
+    LLaDA2MoeConfig,
+    LLaDA2MoeModelLM,
+    LLaDAConfig,
+    LLaDAModelLM,
+    LLaDAMoEConfig,
+    LLaDAMoEModelLM,
+    SDARConfig,
+    SDARForCausalLM,
+    SDARMoeConfig,
+    SDARMoeForCausalLM,
+)
 from dllmquant.tasks.tokenizer import build_tokenizer
 
 
@@ -77,8 +92,161 @@ def tiny_dream(seed: int = 0, **config: Any) -> DreamModel:
     }
     torch.manual_seed(seed)
     model = DreamModel(DreamConfig(**settings | config)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:  # as far from their initial values as trained ones
-                parameter.add_(0.3 * torch.randn_like(parameter))
+    as_if_trained(model)
     return model
+
+
+def tiny_llada_moe(seed: int = 0, **config: Any) -> LLaDAMoEModelLM:
+    """A random LLaDA-MoE as `tiny_llada` is a random LLaDA: grouped heads, two of four experts for a token."""
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "expert_intermediate_size": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "initializer_range": 0.15,
+        "sampler_defaults": {"steps": 8, "gen_length": 8, "block_length": 4},
+    }
+    torch.manual_seed(seed)
+    model = LLaDAMoEModelLM(LLaDAMoEConfig(**token_ids() | settings | config)).eval()
+    as_if_trained(model)
+    return model
+
+
+def tiny_llada2(seed: int = 0, **config: Any) -> LLaDA2MoeModelLM:
+    """A random LLaDA2 of a dense block and a mixture, decoding 8 tokens in blocks of four; two of six experts."""
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "n_group": 3,
+        "topk_group": 2,
+        "block_length": 4,
+        "initializer_range": 0.15,
+        "sampler_defaults": {"steps": 4, "gen_length": 8, "block_length": 4},
+    }
+    torch.manual_seed(seed)
+    model = LLaDA2MoeModelLM(LLaDA2MoeConfig(**token_ids() | settings | config)).eval()
+    as_if_trained(model)
+    return model
+
+
+def tiny_sdar(seed: int = 0, **config: Any) -> SDARForCausalLM:
+    """A random SDAR: grouped heads twice as wide as the residual stream, decoding 8 tokens in blocks of four."""
+    torch.manual_seed(seed)
+    settings = {"head_dim": 16, "block_size": 4, "sampler_defaults": {"gen_length": 8}}
+    model = SDARForCausalLM(SDARConfig(**qwen_keys() | settings | config)).eval()
+    as_if_trained(model)
+    return model
+
+
+def tiny_sdar_moe(seed: int = 0, **config: Any) -> SDARMoeForCausalLM:
+    """A random SDAR with two of four experts for a token, decoding 8 tokens in blocks of four."""
+    torch.manual_seed(seed)
+    settings = {
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "block_size": 4,
+        "sampler_defaults": {"gen_length": 8},
+    }
+    model = SDARMoeForCausalLM(SDARMoeConfig(**qwen_keys() | settings | config)).eval()
+    as_if_trained(model)
+    return model
+
+
+def tiny_fast_dllm(seed: int = 0, **config: Any) -> Fast_dLLM_QwenForCausalLM:
+    """A random Fast-dLLM v2, decoding 8 tokens in blocks of four and sub-blocks of two."""
+    torch.manual_seed(seed)
+    settings = {"bd_size": 4, "sampler_defaults": {"gen_length": 8, "sub_block_length": 2}}
+    model = Fast_dLLM_QwenForCausalLM(FastDLLMConfig(**qwen_keys() | settings | config)).eval()
+    as_if_trained(model)
+    return model
+
+
+def qwen_keys() -> dict[str, Any]:
+    """The keys that tiny models with Qwen's blocks have in common."""
+    return token_ids() | {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "initializer_range": 0.15,
+    }
+
+
+def tiny_diffusion_gemma(seed: int = 0, text: dict[str, Any] | None = None, **config: Any) -> PreTrainedModel:
+    """A random DiffusionGemma: a sliding and a full layer, two of four experts, canvases of 8 tokens in 6 steps."""
+    text_config: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 1,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+        "bos_token_id": None,
+        "initializer_range": 0.15,
+    }
+    own = {key: value for key, value in token_ids().items() if key != "mask_token_id"}
+    vision_config = {
+        "model_type": "gemma4_vision",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "patch_size": 4,
+        "position_embedding_size": 8,
+    }
+    settings: dict[str, Any] = {
+        "text_config": own | text_config | (text or {}),
+        "vision_config": vision_config,
+        "canvas_length": 8,
+        "initializer_range": 0.15,
+        "sampler_defaults": {"steps": 6, "gen_length": 8, "canvas_length": 8},
+    }
+    torch.manual_seed(seed)
+    model = DiffusionGemmaForBlockDiffusion(DiffusionGemmaConfig(**settings | config)).eval()
+    as_if_trained(model)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.5)
+        for name, parameter in model.named_parameters():
+            if name.endswith("scale"):  # of the routers
+                parameter.uniform_(0.5, 1.5)
+        model.model.decoder.norm.weight.mul_(6)  # some tokens are sure, others are not
+    return model
+
+
+def token_ids() -> dict[str, Any]:
+    """The keys of a configuration that the tiny tokenizer decides."""
+    tokenizer = tiny_tokenizer()
+    return {"vocab_size": len(tokenizer)} | {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("mask", "eos", "pad")
+    }
+
+
+def as_if_trained(model: torch.nn.Module) -> None:
+    """Moves biases and norms as far from their initial values as those of trained models are, in place."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("bias") or "norm" in name:
+                tensor.add_(0.3 * torch.randn_like(tensor))

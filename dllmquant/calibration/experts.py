@@ -36,11 +36,12 @@ def tokens_per_expert(
         return {}
     totals = {name: torch.zeros(len(layer), dtype=torch.int64) for name, layer in layers.items()}
     counted = torch.zeros(0, dtype=torch.bool)
+    latest: dict[str, Tensor] = {}
 
     def count(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
         chosen: Tensor = args[1]
         used = chosen[counted.to(chosen.device)].flatten()
-        totals[name] += torch.bincount(used, minlength=len(totals[name])).cpu()
+        latest[name] = torch.bincount(used, minlength=len(totals[name])).cpu()
 
     denoise = adapter.denoiser(model)
     with ExitStack() as stack:
@@ -50,6 +51,8 @@ def tokens_per_expert(
             rows = slice(start, start + batch_size)
             counted = states.weights[rows].flatten() > 0
             denoise(states.batch.ids[rows].to(model.device), states.batch.attention_mask[rows].to(model.device))
+            for name, count_of_batch in latest.items():  # of the last pass, where the model makes several
+                totals[name] += count_of_batch
     return {name: total.tolist() for name, total in totals.items()}
 
 

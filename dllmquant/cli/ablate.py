@@ -14,7 +14,10 @@ from dllmquant.cli.options import Device
 def ablate(
     ablation: Annotated[Path, typer.Argument(metavar="FILE", show_default=False, help="The ablation: a YAML file.")],
     output: Annotated[
-        Path, typer.Option(metavar="DIR", help="Directory of the results; one that holds some is completed.")
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Directory of the results; one that holds some is completed."
+        ),
     ],
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Held-out problems per task. [default: the file's]")

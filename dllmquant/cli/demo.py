@@ -12,7 +12,8 @@ from dllmquant.cli.options import Seed
 
 def demo(
     output: Annotated[
-        Path, typer.Option(metavar="DIR", help="Directory for checkpoints, picture, numbers and table.")
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="Directory for checkpoints, picture, numbers and table."),
     ] = Path("demo-output"),
     limit: Annotated[int, typer.Option(min=1, metavar="N", help="Held-out problems per task.")] = 200,
     seed: Seed = 0,

@@ -24,7 +24,7 @@ def models() -> None:
             adapter.model_type,
             adapter.attention,
             "the next position" if adapter.logits_shift else "their position",
-            str(adapter.mask_id(AutoConfig.for_model(adapter.model_type))),
+            "none" if adapter.mask_token_id is None else str(adapter.mask_id(AutoConfig.for_model(adapter.model_type))),
         ]
         for adapter in adapters
     ]

@@ -16,7 +16,7 @@ class Dtype(StrEnum):
 
 
 class Remasking(StrEnum):
-    """Orders in which a sampler commits tokens: LLaDA's two, then Dream's."""
+    """Orders in which a sampler commits tokens: LLaDA's two, then Dream's, then those of block diffusion."""
 
     low_confidence = "low_confidence"
     random = "random"
@@ -24,6 +24,9 @@ class Remasking(StrEnum):
     maskgit_plus = "maskgit_plus"
     topk_margin = "topk_margin"
     entropy = "entropy"
+    low_confidence_dynamic = "low_confidence_dynamic"
+    low_confidence_static = "low_confidence_static"
+    sequential = "sequential"
 
 
 Model = Annotated[
@@ -35,12 +38,19 @@ Device = Annotated[str, typer.Option(metavar="DEVICE", help="Such as cpu or cuda
 DtypeOption = Annotated[Dtype, typer.Option(help="Type to load the model in; auto is the checkpoint's own.")]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Sequences per forward pass.")]
 Steps = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Denoising steps of a generation. [default: the checkpoint's]")
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Denoising steps of a generation, or of a block in block diffusion. [default: the checkpoint's]",
+    ),
 ]
 GenLength = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Tokens to generate. [default: the checkpoint's]")
 ]
-BlockLength = Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens per block; divides --gen-length.")]
+BlockLength = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Tokens per block; divides --gen-length, or is the model's own.")
+]
 Temperature = Annotated[float | None, typer.Option(min=0.0, metavar="T", help="0 always takes the likeliest token.")]
 CfgScale = Annotated[
     float | None,
@@ -48,7 +58,10 @@ CfgScale = Annotated[
 ]
 RemaskingOption = Annotated[
     Remasking | None,
-    typer.Option(help="Which tokens to commit; LLaDA's sampler knows the first two, Dream's the others."),
+    typer.Option(
+        help="Which tokens to commit; LLaDA's sampler knows the first two, Dream's the next four, block diffusion the "
+        "others."
+    ),
 ]
 Threshold = Annotated[
     float | None,

@@ -31,7 +31,9 @@ def quantize(
     recipe: Annotated[
         str, typer.Option(metavar="NAME|FILE", help="Built-in recipe (see dllmquant recipes) or a YAML file.")
     ],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the checkpoint; new or empty.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Directory of the checkpoint; new or empty.")
+    ],
     prompts: Annotated[
         str | None,
         typer.Option(

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 
-def check_token_ids(mask: int, pad: int, eos: int | None, eot: int | None) -> None:
-    """Raise ``ValueError`` if a special token is negative, or one of the others is the mask token."""
+def check_token_ids(mask: int | None, pad: int, eos: int | None, eot: int | None) -> None:
+    """Raise ``ValueError`` if a special token is negative, or one of the others is the mask token, if there is one."""
     for name, token in (
         ("mask_token_id", mask),
         ("pad_token_id", pad),
@@ -18,7 +18,7 @@ def check_token_ids(mask: int, pad: int, eos: int | None, eot: int | None) -> No
         if token is not None and token < 0:
             raise ValueError(f"{name} is {token}; valid: a token id of at least 0")
     for name, token in (("pad_token_id", pad), ("eos_token_id", eos), ("eot_token_id", eot)):
-        if token == mask:
+        if token is not None and token == mask:
             raise ValueError(f"{name} is {token}; valid: any token other than mask_token_id, which is the same")
 
 
@@ -31,11 +31,11 @@ def required_eos(enabled: bool, option: str, eos_token_id: int | None) -> tuple[
     return (eos_token_id,)
 
 
-def token_rows(prompts: Sequence[Sequence[int] | Tensor], mask_token_id: int) -> list[Tensor]:
+def token_rows(prompts: Sequence[Sequence[int] | Tensor], mask_token_id: int | None) -> list[Tensor]:
     """The prompts as int64 CPU tensors ``[l]``.
 
     Raises:
-        ValueError: If there is no prompt, or one is not a sequence of token ids without the mask token.
+        ValueError: If there is no prompt, or one is no sequence of token ids, without the mask token if there is one.
     """
     if not len(prompts):
         raise ValueError("prompts is empty; valid: at least one prompt")
@@ -43,7 +43,7 @@ def token_rows(prompts: Sequence[Sequence[int] | Tensor], mask_token_id: int) ->
     for index, row in enumerate(rows):
         if bool((row < 0).any()):
             raise ValueError(f"prompts[{index}] contains {int(row.min())}; valid: token ids of at least 0")
-        if bool((row == mask_token_id).any()):
+        if mask_token_id is not None and bool((row == mask_token_id).any()):
             where = (row == mask_token_id).nonzero().squeeze(1).tolist()
             raise ValueError(
                 f"prompts[{index}] contains the mask token {mask_token_id} at {where}; valid: any other token"

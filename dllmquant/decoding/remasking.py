@@ -211,8 +211,7 @@ def commit_most_confident(state: Tensor, candidates: Candidates, counts: Tensor)
         ValueError: If the shapes do not match.
     """
     _check_state(state, candidates)
-    if counts.shape != state.shape[:1]:
-        raise ValueError(f"counts has shape {tuple(counts.shape)}; valid: ({state.shape[0]},), one count per row")
+    _check_counts(state, counts)
     return _commit(state, candidates, _rank(candidates.score) < counts.unsqueeze(1))
 
 
@@ -234,9 +233,32 @@ def commit_above_threshold(state: Tensor, candidates: Candidates, threshold: flo
         ValueError: If ``threshold`` lies outside (0, 1] or the shapes do not match.
     """
     _check_state(state, candidates)
-    if not 0.0 < threshold <= 1.0:
-        raise ValueError(f"threshold is {threshold}; valid: a probability in (0, 1]")
+    _check_threshold(threshold)
     return _commit(state, candidates, (candidates.score >= threshold) | (_rank(candidates.score) == 0))
+
+
+def commit_dynamic(state: Tensor, candidates: Candidates, threshold: float, counts: Tensor) -> StepResult:
+    """Commit every candidate whose score exceeds the threshold, and at least each row's ``k`` best.
+
+    SDAR's and LLaDA2's dynamic remasking: a step's share of the schedule is the least it commits.
+
+    Args:
+        state: Integer tensor ``[B, L]``.
+        candidates: What was proposed at this state.
+        threshold: A probability in (0, 1].
+        counts: Integer tensor ``[B]``, the ``k`` of each row, at least 0. A row that has fewer eligible positions
+            commits all of them.
+
+    Returns:
+        The state after the step.
+
+    Raises:
+        ValueError: If ``threshold`` lies outside (0, 1] or the shapes do not match.
+    """
+    _check_state(state, candidates)
+    _check_threshold(threshold)
+    _check_counts(state, counts)
+    return _commit(state, candidates, (candidates.score > threshold) | (_rank(candidates.score) < counts.unsqueeze(1)))
 
 
 def _commit(state: Tensor, candidates: Candidates, chosen: Tensor) -> StepResult:
@@ -279,6 +301,16 @@ def _check_state(state: Tensor, candidates: Candidates) -> None:
         raise ValueError(
             f"state has shape {tuple(state.shape)}; valid: the shape of the candidates, {tuple(candidates.score.shape)}"
         )
+
+
+def _check_threshold(threshold: float) -> None:
+    if not 0.0 < threshold <= 1.0:
+        raise ValueError(f"threshold is {threshold}; valid: a probability in (0, 1]")
+
+
+def _check_counts(state: Tensor, counts: Tensor) -> None:
+    if counts.shape != state.shape[:1]:
+        raise ValueError(f"counts has shape {tuple(counts.shape)}; valid: ({state.shape[0]},), one count per row")
 
 
 def check_noise(name: str, noise: Tensor, shape: tuple[int, ...]) -> None:

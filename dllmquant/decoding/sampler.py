@@ -16,9 +16,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dllmquant.decoding.block_diffusion import decode_block_diffusion, propose_in_block
 from dllmquant.decoding.blocks import decode_blocks
-from dllmquant.decoding.canvas import Canvas, Denoiser, Generation, Job
-from dllmquant.decoding.config import AnySamplerConfig, DreamSamplerConfig, SamplerConfig
+from dllmquant.decoding.canvas import CachedDenoiser, Canvas, Denoiser, Generation, Job
+from dllmquant.decoding.config import (
+    AnySamplerConfig,
+    BlockDiffusionSamplerConfig,
+    DreamSamplerConfig,
+    SamplerConfig,
+    UniformNoiseSamplerConfig,
+)
 from dllmquant.decoding.prompts import check_token_ids, required_eos, token_rows
 from dllmquant.decoding.ranking import propose_ranked
 from dllmquant.decoding.remasking import Candidates, propose
@@ -34,6 +41,7 @@ def sample(
     prompts: Sequence[Sequence[int] | Tensor],
     config: AnySamplerConfig,
     *,
+    cached: CachedDenoiser | None = None,
     mask_token_id: int,
     pad_token_id: int,
     eos_token_id: int | None = None,
@@ -56,10 +64,14 @@ def sample(
             not changed in place.
         prompts: Token ids, one sequence or one-dimensional integer tensor per prompt; a prompt may be empty.
         config: How to decode; its class says by which sampler.
+        cached: The same model with a cache, if it has one: block diffusion then shows it what changes, and the result
+            is the same to the rounding of its arithmetic. Not used by other samplers, and not if ``record``: the
+            confidences of a record are those of whole canvases.
         mask_token_id: The mask token. It may not occur in a prompt and is never generated.
         pad_token_id: Fills left padding; any token but the mask token.
-        eos_token_id: Needed by ``logits_eos_inf`` and ``confidence_eos_eot_inf``.
-        eot_token_id: If given, deferred together with EOS by ``confidence_eos_eot_inf``.
+        eos_token_id: Needed by ``logits_eos_inf`` and ``confidence_eos_eot_inf``. Ends a generation in block diffusion.
+        eot_token_id: If given, deferred together with EOS by ``confidence_eos_eot_inf``, and ends a generation like it
+            where EOS is given.
         generator: Source of the seeds of the prompts' random streams; torch's global generator if not given.
         device: Where the denoiser expects its inputs; the CPU if not given.
         batch_size: Prompts decoded together, at least 1. Prompts of like lengths go together unless ``record``.
@@ -76,6 +88,8 @@ def sample(
     device = torch.device("cpu" if device is None else device)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; valid: an integer of at least 1")
+    if isinstance(config, UniformNoiseSamplerConfig):
+        raise ValueError(f"config is {config}; valid: a sampler with a mask token (for this one: sample_canvases)")
     check_token_ids(mask_token_id, pad_token_id, eos_token_id, eot_token_id)
     rows = token_rows(prompts, mask_token_id)
     forbidden = (mask_token_id, *required_eos(config.logits_eos_inf, "logits_eos_inf", eos_token_id))
@@ -83,7 +97,9 @@ def sample(
         *required_eos(config.confidence_eos_eot_inf, "confidence_eos_eot_inf", eos_token_id),
         *((eot_token_id,) if config.confidence_eos_eot_inf and eot_token_id is not None else ()),
     )
-    streams = _random_streams(len(rows), generator, device) if config.stochastic else [None] * len(rows)
+    streams = random_streams(len(rows), generator, device) if config.stochastic else [None] * len(rows)
+    in_blocks = isinstance(config, BlockDiffusionSamplerConfig)
+    ends = (eos_token_id, eot_token_id) if in_blocks and eos_token_id is not None else ()
     order = list(range(len(rows)))
     if not record:
         order.sort(key=lambda index: rows[index].numel())  # prompts of like lengths need little padding
@@ -92,11 +108,13 @@ def sample(
     with tqdm(total=len(rows) * config.gen_length, unit="token", disable=not progress) as bar:
         job = Job(
             denoiser=denoiser,
+            cached=cached if in_blocks and not record else None,
             gen_length=config.gen_length,
             mask_token_id=mask_token_id,
             pad_token_id=pad_token_id,
             forbidden=forbidden,
             deferred=deferred,
+            ends=tuple(token for token in ends if token is not None),
             device=device,
             record=record,
             on_commit=bar.update,
@@ -105,15 +123,19 @@ def sample(
             canvas = Canvas(job, [rows[index] for index in batch], [streams[index] for index in batch])
             if isinstance(config, DreamSamplerConfig):
                 decode_timesteps(canvas, config)
+            elif isinstance(config, BlockDiffusionSamplerConfig):
+                decode_block_diffusion(canvas, config)
             else:
                 decode_blocks(canvas, config)
             parts.append(canvas.generation())
     recorded = [part.trajectory for part in parts if part.trajectory is not None]
+    lengths = [part.lengths for part in parts if part.lengths is not None]
     return Generation(
         tokens=torch.cat([part.tokens for part in parts])[place],
         forward_passes=sum(part.forward_passes for part in parts),
         steps_used=torch.cat([part.steps_used for part in parts])[place],
         trajectory=Trajectory.merge(recorded) if record else None,
+        lengths=torch.cat(lengths)[place] if lengths else None,
     )
 
 
@@ -125,7 +147,8 @@ def greedy_candidates(
     Args:
         logits: Floating tensor ``[B, L, V]``, guided and without forbidden tokens.
         mask: bool ``[B, L]``, True where the state still holds the mask token.
-        active: bool ``[B, L]``, True inside the block that each row is decoding.
+        active: bool ``[B, L]``, True inside the block that each row is decoding; in block diffusion what
+            :func:`dllmquant.decoding.block_diffusion.frontier` says is eligible.
         config: The sampler; ``config.stochastic`` must be False.
         deferred: Tokens that are committed last.
 
@@ -136,12 +159,12 @@ def greedy_candidates(
         raise ValueError(f"config is {config}; valid: a sampler that draws no random numbers")
     if isinstance(config, DreamSamplerConfig):
         return propose_ranked(logits, mask & active, config.remasking, top_p=config.top_p, top_k=config.top_k)
+    if isinstance(config, BlockDiffusionSamplerConfig):
+        return propose_in_block(logits, mask & active, config)
     return propose(logits, mask, active, deferred=deferred)
 
 
-def _random_streams(
-    count: int, generator: torch.Generator | None, device: torch.device
-) -> list[torch.Generator | None]:
+def random_streams(count: int, generator: torch.Generator | None, device: torch.device) -> list[torch.Generator]:
     """One generator per prompt on the sampling device, seeded in prompt order."""
     source = "cpu" if generator is None else generator.device
     seeds = torch.randint(2**63 - 1, (count,), generator=generator, device=source)

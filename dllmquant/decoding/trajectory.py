@@ -71,7 +71,10 @@ class Trajectory:
     tensors are 0 or False.
 
     Invariants for existing steps: state ``s + 1`` equals state ``s`` except where ``committed[i, s]``; ``committed``
-    implies ``mask``; ``mask`` implies the generation region.
+    implies ``mask``; ``mask`` implies the generation region. The first does not hold for runs from uniform noise
+    (:mod:`dllmquant.decoding.uniform_noise`): there ``mask`` says which positions hold noise instead of the mask token,
+    ``committed`` which of them a step accepted, and a step changes other positions of the generation region too. Each
+    canvas of such a run is a prompt of its own here, which begins with all canvases before it.
 
     Attributes:
         ids: int32 ``[N, S, L]``, the states given to the model.

@@ -9,6 +9,7 @@ from dllmquant.export.compressed_tensors import export_compressed_tensors
 from dllmquant.export.content import ExportError
 from dllmquant.export.dequantized import export_dequantized
 from dllmquant.export.gptq import export_gptq
+from dllmquant.models import registered_adapters
 
 __all__ = ["FORMATS", "ExportError", "export_model"]
 
@@ -45,6 +46,12 @@ def export_model(
     """
     if format not in FORMATS:
         raise ValueError(f"format: {format!r} is unknown; valid: {', '.join(FORMATS)}")
+    adapter = registered_adapters().get(model.config.model_type)
+    if adapter is not None and adapter.arrange is not None:
+        raise ExportError(
+            f"format: {format!r} cannot express {adapter.model_type}: its layers are rearranged to be quantized, "
+            "and other programs know them as they were"
+        )
     FORMATS[format](model, Path(directory))
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)

@@ -20,11 +20,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dllmquant.decoding import (
     AnySamplerConfig,
+    BlockDiffusionSamplerConfig,
     StateBatch,
     Trajectory,
+    UniformNoiseSamplerConfig,
     commit_above_threshold,
+    commit_in_block,
     commit_most_confident,
     forbid,
+    frontier,
     greedy_candidates,
     guide,
 )
@@ -250,6 +254,10 @@ def record_agreement(
     """
     adapter = adapter_for(model)
     config = adapter.sampler_config(model.config, **sampler)
+    if isinstance(config, UniformNoiseSamplerConfig):
+        raise ValueError(
+            f"sampler of {adapter.model_type!r} draws random numbers at every step; valid: one that does not"
+        )
     if config.stochastic:
         raise ValueError(
             f"sampler draws random numbers (temperature {config.temperature}, remasking {config.remasking!r}); "
@@ -360,11 +368,19 @@ def _decisions(
     """What the sampler commits at each state (-1 elsewhere), and the most likely tokens; [states, gen_length], CPU."""
     region = slice(-config.gen_length, None)
     mask, ids, recorded = (tensor[:, region].to(logits.device) for tensor in (batch.mask, batch.ids, batch.committed))
-    block_of_position = torch.arange(config.gen_length, device=logits.device) // config.block_length
-    active = block_of_position == batch.block.to(logits.device).unsqueeze(1)
+    if isinstance(config, BlockDiffusionSamplerConfig):
+        active = frontier(batch.mask, batch.attention_mask, config).eligible[:, region].to(logits.device)
+    else:
+        block_of_position = torch.arange(config.gen_length, device=logits.device) // config.block_length
+        active = block_of_position == batch.block.to(logits.device).unsqueeze(1)
     candidates = greedy_candidates(logits, mask, active, config, deferred=deferred)
-    if config.threshold is None:  # the schedule, not the model, says how many: as many as the original's run
-        result = commit_most_confident(ids, candidates, recorded.sum(dim=1))
+    counts = recorded.sum(dim=1)  # where the schedule, not the model, says how many: as many as the original's run
+    if isinstance(config, BlockDiffusionSamplerConfig):
+        least = torch.full_like(counts, config.unit_length // config.unit_steps)
+        counts = least if config.remasking == "low_confidence_dynamic" else counts
+        result = commit_in_block(ids, candidates, counts, config)
+    elif config.threshold is None:
+        result = commit_most_confident(ids, candidates, counts)
     else:
         result = commit_above_threshold(ids, candidates, config.threshold)
     return torch.where(result.committed, candidates.tokens, NOTHING).cpu(), candidates.tokens.cpu()

@@ -30,7 +30,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dllmquant.decoding import AnySamplerConfig, Denoiser, Refiner, SamplerConfig
+from dllmquant.decoding import (
+    AnySamplerConfig,
+    BlockDiffusionSamplerConfig,
+    CachedDenoiser,
+    Denoiser,
+    Refiner,
+    SamplerConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -264,18 +271,28 @@ class ModelAdapter:
     def sampler_config(self, config: Any, **overrides: Any) -> AnySamplerConfig:
         """Returns the sampler settings: the family's, then the checkpoint's own, then `overrides` that are not None.
 
+        In block diffusion, the length of a block is the configuration's `block_length`, if it has one.
+
         Raises:
-            ValueError: A setting is unknown or settings do not fit together.
+            ValueError: A setting is unknown, settings do not fit together, or blocks have another length than those the
+                model attends by.
         """
         kind = type(self.sampler)
         known = tuple(setting.name for setting in fields(kind))
         settings = {name: getattr(self.sampler, name) for name in known}
+        block_length = getattr(config, "block_length", None) if kind is BlockDiffusionSamplerConfig else None
+        if block_length is not None:
+            settings["block_length"] = block_length
         for source in (getattr(config, "sampler_defaults", None) or {}, overrides):
             for name, value in source.items():
                 if name not in known:
                     raise ValueError(f"sampler setting {name!r} is unknown; valid: {', '.join(known)}")
                 if value is not None:
                     settings[name] = value
+        if block_length is not None and settings["block_length"] != block_length:
+            raise ValueError(
+                f"block_length is {settings['block_length']}; valid: {block_length}, by which the model attends"
+            )
         return kind(**settings)
 
     def denoiser(self, model: PreTrainedModel) -> Denoiser:
@@ -293,6 +310,11 @@ class ModelAdapter:
             return _aligned(logits, attention_mask) if self.logits_shift else logits
 
         return denoise
+
+    def cached_denoiser(self, model: PreTrainedModel) -> CachedDenoiser | None:
+        """Returns what block diffusion drives to compute finished blocks once; None where there is no `open_cache`."""
+        open_cache = getattr(model, "open_cache", None)
+        return None if open_cache is None else CachedDenoiser(open_cache, self.logits_shift)
 
     def refiner(self, model: PreTrainedModel) -> Refiner:
         """Returns the function that samplers with self-conditioning drive: see `refine`.

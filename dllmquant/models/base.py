@@ -67,8 +67,10 @@ class NativeModel(PreTrainedModel):
 
         Args:
             save_directory: Target directory; weights of an earlier checkpoint in it are replaced.
-            **kwargs: As for `PreTrainedModel.save_pretrained`.
+            **kwargs: As for `PreTrainedModel.save_pretrained`. With `is_main_process=False` nothing is written.
         """
+        if not kwargs.get("is_main_process", True):
+            return  # the main process writes the directory whole
         target, save = Path(save_directory), super().save_pretrained
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", target.name)

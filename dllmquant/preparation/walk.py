@@ -20,6 +20,7 @@ from dllmquant.plan import Plan
 from dllmquant.preparation.bits import BitAllocation, SiteBits
 from dllmquant.preparation.inputs import sample_tokens, second_moments
 from dllmquant.preparation.interaction import block_token_weights
+from dllmquant.preparation.routes import holding_routes, recording_routes
 from dllmquant.preparation.scaling import scale_block
 from dllmquant.recipe import Recipe
 from dllmquant.settings import (
@@ -127,10 +128,10 @@ def _checked_function(
     noise = torch.randint(vocabulary, ids.shape, generator=torch.Generator().manual_seed(1)).to(ids.device)
     mask_id = noise if adapter.mask_token_id is None else adapter.mask_id(model.config)
     blocks = adapter.block_list(model)
-    with in_float32(model, blocks):
+    with in_float32(model, blocks), recording_routes(model) as routes:
         before = probe_logits(adapter.denoiser(model), ids, keep, mask_id)
     yield
-    with in_float32(model, blocks):
+    with in_float32(model, blocks), holding_routes(model, routes):
         after = probe_logits(adapter.denoiser(model), ids, keep, mask_id)
     deviation = assert_same_function(
         before, after, keep, transform=", ".join(folded), tolerance=rounding_tolerance(model)

@@ -74,7 +74,7 @@ def probe_logits(
     denoise: Callable[[Tensor, Tensor], Tensor],
     ids: Tensor,
     attention_mask: Tensor,
-    mask_id: int,
+    mask_id: int | Tensor,
     *,
     ratios: Sequence[float] = MASK_RATIOS,
     seed: int = 0,
@@ -85,8 +85,8 @@ def probe_logits(
         denoise: (ids, attention mask) -> logits, as `ModelAdapter.denoiser` returns it.
         ids: Token ids [batch, length].
         attention_mask: [batch, length], nonzero on real tokens; only these are masked.
-        mask_id: The mask token.
-        ratios: Shares of each row's real tokens to replace by the mask token.
+        mask_id: The mask token; or what stands at masked positions, int64 [batch, length].
+        ratios: Shares of each row's real tokens to mask.
         seed: Seed of which tokens.
 
     Returns:

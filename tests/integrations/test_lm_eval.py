@@ -27,7 +27,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
 import dllmquant
-from dllmquant.decoding import DreamSamplerConfig, Generation, SamplerConfig
+from dllmquant.decoding import BlockDiffusionSamplerConfig, DreamSamplerConfig, Generation, SamplerConfig
 from dllmquant.generation import decode_completions, generate_from_ids, generate_tokens
 from dllmquant.integrations.lm_eval import DLLMQuantLM
 from dllmquant.integrations.lm_eval import model as module
@@ -133,6 +133,15 @@ def test_what_a_request_means_to_dream() -> None:
     gen_kwargs = {"max_gen_toks": 30, "temperature": 0.1, "top_p": 0.9, "top_k": 0}
     found = read_options(gen_kwargs, {}, DREAM, DREAM.__dataclass_fields__)
     assert dict(found.settings) == {"gen_length": 30, "steps": 15, "temperature": 0.1, "top_p": 0.9}
+    assert found.max_tokens == 30
+
+
+def test_what_a_request_means_to_block_diffusion() -> None:
+    """Any length will do, and steps are those of a block."""
+    default = BlockDiffusionSamplerConfig(steps=2, gen_length=512)
+    gen_kwargs = {"max_gen_toks": 30, "do_sample": False, "top_k": 0}
+    found = read_options(gen_kwargs, {}, default, default.__dataclass_fields__)
+    assert dict(found.settings) == {"gen_length": 30, "temperature": 0.0}
     assert found.max_tokens == 30
 
 

@@ -21,10 +21,28 @@ from dllmquant.plan import make_plan
 from dllmquant.preparation import prepare
 from dllmquant.transforms.fold import assert_same_function, probe_logits
 from dllmquant.transforms.quarot import rotate_residual, rotate_values
-from tests.tiny import tiny_dream, tiny_llada, tiny_tokenizer
+from tests.tiny import (
+    tiny_dream,
+    tiny_fast_dllm,
+    tiny_llada,
+    tiny_llada2,
+    tiny_llada_moe,
+    tiny_sdar,
+    tiny_sdar_moe,
+    tiny_tokenizer,
+)
 
-TINY: dict[str, Callable[..., PreTrainedModel]] = {"Dream": tiny_dream, "llada": tiny_llada}
-FAMILIES = sorted(registered_adapters())
+TINY: dict[str, Callable[..., PreTrainedModel]] = {
+    "Dream": tiny_dream,
+    "Fast_dLLM_Qwen": tiny_fast_dllm,
+    "llada": tiny_llada,
+    "llada2_moe": tiny_llada2,
+    "lladamoe": tiny_llada_moe,
+    "sdar": tiny_sdar,
+    "sdar_moe": tiny_sdar_moe,
+}
+# Families without a mask token have tests of their own.
+FAMILIES = sorted(name for name, adapter in registered_adapters().items() if adapter.mask_token_id is not None)
 RECIPES = ["dllmquant-w4a4", "quarot-w4a4", "awq-w4a4", "best-w4a4", "rtn-w4a4-av"]
 PROMPTS = [f"q: tom has {n} apples. tom loses {n % 3 + 1} of them. how many remain? a:" for n in range(5, 12)]
 PROMPTS[1] = " tom is in"
@@ -81,7 +99,7 @@ def test_quantize_save_reload_and_generate(family: str, recipe: str, tmp_path: P
 def test_the_familys_own_sampler_records_the_states(family: str) -> None:
     """TMAS takes states from all over the runs, whatever sampler made them."""
     model, recipe = TINY[family](), shrunk("dllmquant-w4a4")
-    recipe["calibration"] |= {"num_states": 10, "num_prompts": 6}
+    recipe["calibration"] |= {"num_states": 10, "num_prompts": 6, "max_growth": 1}
     quantizer = DLLMQuantizer(recipe)
     quantizer.quantize(model, tokenizer=tiny_tokenizer(), progress=False)
     assert quantizer.states is not None
@@ -118,8 +136,8 @@ def test_transforms_keep_the_function(family: str, recipe: str) -> None:
     after = probe_logits(adapter.denoiser(model), ids, keep, mask_id)
     assert_same_function(before, after, keep, transform=recipe, tolerance=1e-11)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, original[name])}
-    consumers = {f"{adapter.blocks}.0.{leaf}.weight" for _, leaves in adapter.scale_pairs[:2] for leaf in leaves}
-    assert consumers <= changed
+    norms = adapter.pairs(adapter.block_list(model)[0])[:2]
+    assert {f"{adapter.blocks}.0.{leaf}.weight" for _, leaves in norms for leaf in leaves} <= changed
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -56,8 +56,9 @@ def test_what_is_claimed_is_a_test_that_runs(family: str, claim: Verification) -
 
 
 def test_tests_of_all_families_have_a_row_for_each() -> None:
-    """They are parametrized by these tables."""
-    assert sorted(END_TO_END) == sorted(PUBLISHED) == FAMILIES
+    """They are parametrized by these tables; families without a mask token have tests of their own."""
+    masked = [family for family in FAMILIES if registered_adapters()[family].mask_token_id is not None]
+    assert sorted(END_TO_END) == sorted(PUBLISHED) == masked
 
 
 def test_the_command_prints_what_the_adapters_say() -> None:

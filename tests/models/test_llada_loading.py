@@ -91,6 +91,13 @@ def test_weights_keep_their_dtype_unless_another_is_asked_for(stored: torch.dtyp
         assert run(loaded, draw_ids()).dtype == asked
 
 
+def test_other_processes_than_the_main_one_leave_the_directory_alone(tmp_path: Path) -> None:
+    tiny_model(seed=1).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    tiny_model(seed=2).save_pretrained(tmp_path, is_main_process=False)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_sharded_checkpoints_reload(tmp_path: Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path, max_shard_size="8KB")

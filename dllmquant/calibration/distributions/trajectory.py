@@ -108,7 +108,7 @@ def record_trajectory(
             seed=request.seed,
             # Whatever else of model and tokenizer the sampler reads.
             special_ids={
-                "mask": adapter.mask_id(model.config),
+                "mask": None if adapter.mask_token_id is None else adapter.mask_id(model.config),
                 "pad": tokenizer.pad_token_id,
                 "eos": tokenizer.eos_token_id,
                 "eot": None if adapter.eot_token is None else tokenizer.get_vocab().get(adapter.eot_token),

@@ -4,7 +4,9 @@ A request carries keyword arguments that were made for autoregressive models. Th
 
 - `max_gen_toks` (or `max_new_tokens`, `max_tokens`, `max_completion_tokens`) is the longest answer. A diffusion model
   decodes a canvas of a fixed length, so the canvas is that length rounded up to whole blocks, its steps are in the
-  proportion of the checkpoint's own settings, and the answer is cut to `max_gen_toks` tokens.
+  proportion of the checkpoint's own settings, and the answer is cut to `max_gen_toks` tokens. In block diffusion the
+  canvas has that length, and the steps of a block stay the checkpoint's. From uniform noise (DiffusionGemma) as many
+  canvases are decoded as hold it.
 - `do_sample: false` is temperature 0, whatever `temperature` says.
 - The name of a sampler setting (as in `--gen_kwargs steps=64`) is that setting.
 - `until` are the texts that end the answer.
@@ -19,7 +21,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dllmquant.decoding import AnySamplerConfig
+from dllmquant.decoding import AnySamplerConfig, BlockDiffusionSamplerConfig, UniformNoiseSamplerConfig
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -68,8 +70,13 @@ def read_options(
     stops = _stops(rest.pop("until", None))
     length = _length(rest)
     asked = _temperature(rest) | _sampler_settings(rest, known)
+    if isinstance(default, UniformNoiseSamplerConfig):
+        asked.pop("temperature", None)  # it follows a schedule, and is never 0
+        sampling = True
+    else:
+        sampling = (asked | dict(chosen)).get("temperature", default.temperature) > 0
     settings = asked | dict(chosen)
-    _check_neutral(rest, known, sampling=settings.get("temperature", default.temperature) > 0)
+    _check_neutral(rest, known, sampling=sampling)
     _report_overruled(asked if length is None else {"gen_length": length} | asked, chosen)
     if length is None or "gen_length" in settings:
         return GenerationOptions(stops, None, tuple(sorted(settings.items())))
@@ -124,6 +131,11 @@ def _canvas(
     length: int, settings: Mapping[str, Any], default: AnySamplerConfig, known: Collection[str]
 ) -> dict[str, int]:
     """The canvas that holds `length` tokens, and its steps if none are chosen."""
+    if isinstance(default, BlockDiffusionSamplerConfig):  # any length will do, and steps are those of a block
+        return {"gen_length": length}
+    if isinstance(default, UniformNoiseSamplerConfig):  # whole canvases, and steps are those of a canvas
+        size = settings.get("canvas_length", default.canvas_length)
+        return {"gen_length": math.ceil(length / size) * size}
     has_blocks = "block_length" in known
     block_length = settings.get("block_length", default.block_length) if has_blocks else 1
     gen_length = math.ceil(length / block_length) * block_length

@@ -4,8 +4,12 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from dllmquant.models.checks import check_variants, plain_rope_theta
+
 # Keys that select variants no published Dream uses, with the only values this implementation covers.
 _SUPPORTED_VARIANTS: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_dropout": (0.0,),
     "attention_bias": (True, None),
     "use_sliding_window": (False, None),
     "use_mrope": (False, None),
@@ -67,12 +71,8 @@ class DreamConfig(PretrainedConfig):
         tie_word_embeddings: bool = False,
         **kwargs: Any,
     ) -> None:
-        for key, supported in _SUPPORTED_VARIANTS.items():
-            if key in kwargs and kwargs[key] not in supported:
-                raise ValueError(f"Dream config: {key}={kwargs[key]!r} is not supported; valid: {supported[0]!r}")
-        for key, value, only in (("hidden_act", hidden_act, "silu"), ("attention_dropout", attention_dropout, 0.0)):
-            if value != only:
-                raise ValueError(f"Dream config: {key}={value!r} is not supported; valid: {only!r}")
+        variants = kwargs | {"hidden_act": hidden_act, "attention_dropout": attention_dropout}
+        check_variants("Dream", variants, _SUPPORTED_VARIANTS)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -82,7 +82,7 @@ class DreamConfig(PretrainedConfig):
         self.hidden_act = hidden_act
         self.max_position_embeddings = max_position_embeddings
         self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = _rope_theta(rope_theta, rope_parameters, rope_scaling)
+        self.rope_theta = plain_rope_theta("Dream", rope_theta, rope_parameters, rope_scaling)
         self.attention_dropout = attention_dropout
         self.initializer_range = initializer_range
         self.mask_token_id = mask_token_id
@@ -98,20 +98,3 @@ class DreamConfig(PretrainedConfig):
             )
         kwargs |= {"pad_token_id": pad_token_id, "tie_word_embeddings": tie_word_embeddings}
         super().__init__(**kwargs)
-
-
-def _rope_theta(rope_theta: float, *settings: dict[str, Any] | None) -> float:
-    """Returns the base that is in force: that of the settings, or else the plain key's.
-
-    Raises:
-        ValueError: The settings ask for scaled positions.
-    """
-    for name, given in zip(("rope_parameters", "rope_scaling"), settings, strict=True):
-        kind = (given or {}).get("rope_type", (given or {}).get("type", "default"))
-        if kind != "default" or not set(given or {}) <= {"rope_type", "type", "rope_theta"}:
-            raise ValueError(
-                f"Dream config: {name}={given!r} is not supported; "
-                "valid: None or {'rope_type': 'default', 'rope_theta': a number}"
-            )
-        rope_theta = (given or {}).get("rope_theta", rope_theta)
-    return float(rope_theta)

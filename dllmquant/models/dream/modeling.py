@@ -17,51 +17,12 @@ from transformers.modeling_outputs import MaskedLMOutput
 from dllmquant.models.base import NativeModel
 from dllmquant.models.dream.configuration import DreamConfig
 from dllmquant.models.layers import (
+    GatedMLP,
     RMSNorm,
-    apply_rotary,
     expand_attention_mask,
-    repeat_heads,
     rotary_cos_sin,
-    split_heads,
 )
-
-
-class DreamAttention(nn.Module):
-    """Bidirectional attention with grouped key/value heads; queries, keys and values have a bias, the output none."""
-
-    def __init__(self, config: DreamConfig) -> None:
-        super().__init__()
-        self.heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // self.heads
-        width, kv_width = config.hidden_size, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, kv_width)
-        self.v_proj = nn.Linear(width, kv_width)
-        self.o_proj = nn.Linear(width, width, bias=False)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Maps normed tokens [batch, length, hidden_size] to what is added to the residual stream."""
-        q = apply_rotary(split_heads(self.q_proj(x), self.head_dim), cos, sin)
-        k = repeat_heads(apply_rotary(split_heads(self.k_proj(x), self.head_dim), cos, sin), self.heads)
-        v = repeat_heads(split_heads(self.v_proj(x), self.head_dim), self.heads)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
-        out: Tensor = self.o_proj(attended.transpose(1, 2).flatten(-2))
-        return out
-
-
-class DreamMLP(nn.Module):
-    """A SiLU-gated feed-forward layer."""
-
-    def __init__(self, config: DreamConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps normed tokens [batch, length, hidden_size] to what is added to the residual stream."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
+from dllmquant.models.qwen import QwenAttention
 
 
 class DreamBlock(nn.Module):
@@ -69,8 +30,14 @@ class DreamBlock(nn.Module):
 
     def __init__(self, config: DreamConfig) -> None:
         super().__init__()
-        self.self_attn = DreamAttention(config)
-        self.mlp = DreamMLP(config)
+        self.self_attn = QwenAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.hidden_size // config.num_attention_heads,
+            qkv_bias=True,
+        )
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -4,6 +4,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from dllmquant.models.checks import check_variants
+from dllmquant.models.llada_moe.configuration import LLaDAMoEConfig
+
 # Keys that select architecture variants no published LLaDA uses, with the only value this implementation covers.
 _SUPPORTED_VARIANTS: dict[str, tuple[Any, ...]] = {
     "alibi": (False, None),
@@ -84,9 +87,7 @@ class LLaDAConfig(PretrainedConfig):
         mask_token_id: int = 126336,
         **kwargs: Any,
     ) -> None:
-        for key, supported in _SUPPORTED_VARIANTS.items():
-            if key in kwargs and kwargs[key] not in supported:
-                raise ValueError(f"LLaDA config: {key}={kwargs[key]!r} is not supported; valid: {supported[0]!r}")
+        check_variants("LLaDA", kwargs, _SUPPORTED_VARIANTS)
         if not rope_full_precision:
             raise ValueError("LLaDA config: rope_full_precision=False is not supported; valid: True")
         if kwargs.pop("multi_query_attention", None) and n_kv_heads is None:
@@ -118,3 +119,21 @@ class LLaDAConfig(PretrainedConfig):
         if self.embedding_size < vocab_size:
             raise ValueError(f"LLaDA config: embedding_size={embedding_size} is below vocab_size={vocab_size}")
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Builds the configuration a `config.json` describes.
+
+        Args:
+            config_dict: Its content. Published LLaDA-MoE checkpoints have the model type of LLaDA, too.
+            **kwargs: As for `PretrainedConfig.from_dict`.
+
+        Returns:
+            A `LLaDAConfig`, or a `LLaDAMoEConfig` where the content describes experts.
+
+        Raises:
+            ValueError: As the class of the configuration does.
+        """
+        if config_dict.get("num_experts") is not None:
+            return LLaDAMoEConfig.from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
