@@ -16,7 +16,7 @@ from dllmquant.decoding import Trajectory
 from dllmquant.generation import generate_tokens
 from dllmquant.models import adapter_for
 from dllmquant.nn.linear import QuantLinear
-from tests.tiny import tiny_llada, tiny_tokenizer
+from tests.tiny import tiny_fast_dllm, tiny_llada, tiny_llada2, tiny_sdar, tiny_tokenizer
 
 PAIRS = builtin_prompts(12, 0)
 REQUEST = Request(num_states=10, batch_size=4, seed=1)
@@ -336,3 +336,33 @@ def test_a_tokenizer_that_cannot_pad():
     tokenizer.pad_token = tokenizer.eos_token = None
     with pytest.raises(ValueError, match="neither a padding nor an EOS token"):
         clean.clean_states(tiny_llada(), tokenizer, PAIRS, REQUEST)
+
+
+@pytest.mark.parametrize("family", [tiny_sdar, tiny_llada2, tiny_fast_dllm])
+def test_states_of_block_causal_models_end_with_the_block_that_is_decoded(family, monkeypatch):
+    model, tokenizer = family(), tiny_tokenizer()
+    drawn = trajectory.trajectory_states(model, tokenizer, PAIRS, REQUEST).batch
+    monkeypatch.setattr(trajectory, "without_later_blocks", lambda batch, *_: batch)
+    whole = trajectory.trajectory_states(model, tokenizer, PAIRS, REQUEST).batch
+    adapter = adapter_for(model)
+    length = adapter.sampler_config(model.config).block_length
+    denoise = adapter.denoiser(model)
+    with torch.no_grad():
+        logits, full = (denoise(batch.ids, batch.attention_mask) for batch in (drawn, whole))
+    cut = 0
+    for row in range(len(drawn)):
+        real = whole.attention_mask[row].nonzero().squeeze(1).tolist()
+        first = real.index(int(whole.mask[row].nonzero()[0]))
+        end = (first // length + 1) * length
+        kept, dropped = real[:end], real[end:]
+        cut += len(dropped)
+        assert drawn.attention_mask[row].nonzero().squeeze(1).tolist() == kept
+        for name in ("ids", "mask", "confidence", "committed"):
+            assert torch.equal(getattr(drawn, name)[row, kept], getattr(whole, name)[row, kept])
+        assert not drawn.mask[row, dropped].any()
+        assert not drawn.confidence[row, dropped].any()
+        assert drawn.committed[row].sum() == whole.committed[row].sum() > 0
+        torch.testing.assert_close(logits[row, kept], full[row, kept], atol=1e-4, rtol=1e-4)
+    assert cut > 0
+    assert torch.equal(drawn.ids == adapter.mask_id(model.config), drawn.mask)
+    assert torch.equal(drawn.mask_ratio, whole.mask_ratio)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from dllmquant.calibration.distributions.base import Cost, Drawn, Request
 from dllmquant.calibration.prompts import Prompt
 from dllmquant.core.coverage import measure_coverage
 from dllmquant.core.tmas import select_states
-from dllmquant.decoding import Trajectory
+from dllmquant.decoding import StateBatch, Trajectory
 from dllmquant.generation import encode_prompts, generate_tokens
 from dllmquant.models import adapter_for
 
@@ -44,6 +45,10 @@ def trajectory_states(
         generator=torch.Generator().manual_seed(request.seed),
     )
     batch = trajectory.states([(state.trajectory, state.step) for state in selection.states])
+    adapter = adapter_for(model)
+    if adapter.attention == "block_causal":
+        config = adapter.sampler_config(model.config, **request.sampler)
+        batch = without_later_blocks(batch, config.block_length, trajectory.pad_token_id)
     coverage = measure_coverage(
         batch.mask,
         batch.attention_mask,
@@ -56,6 +61,29 @@ def trajectory_states(
     tail = behind_the_end(trajectory, tokenizer.eos_token_id)[[state.trajectory for state in selection.states]]
     notes = (*selection.notes, *coverage.notes(request.quotas))
     return Drawn(batch, coverage, cost, notes, tail[:, -batch.ids.shape[1] :])
+
+
+def without_later_blocks(batch: StateBatch, block_length: int, pad_token_id: int) -> StateBatch:
+    """Returns states of a block-causal model that end with the block being decoded: the rest becomes padding.
+
+    Nothing attends to later blocks, and decoding never computes them; their mask tokens would only fill the statistics.
+
+    Args:
+        batch: States, each with a masked token; blocks are counted from a row's first real token.
+        block_length: Tokens per block.
+        pad_token_id: What takes their place.
+    """
+    block = (batch.attention_mask.cumsum(1) - 1).clamp(min=0) // block_length
+    current = block.gather(1, batch.mask.to(torch.int8).argmax(1, keepdim=True))  # of the first masked token
+    later = block > current
+    return replace(
+        batch,
+        ids=batch.ids.masked_fill(later, pad_token_id),
+        attention_mask=batch.attention_mask & ~later,
+        mask=batch.mask & ~later,
+        confidence=batch.confidence.masked_fill(later, 0.0),
+        committed=batch.committed & ~later,
+    )
 
 
 def behind_the_end(trajectory: Trajectory, eos_token_id: int | None) -> Tensor:
