@@ -229,11 +229,10 @@ class _Canvas:
         works = [self._works[row] for row in self.rows.tolist()]
         logits = self._logits(number)
         scaled = logits / temperature(config, number)
-        probabilities = scaled.softmax(dim=-1)
-        entropy = torch.special.entr(probabilities).sum(dim=-1)
+        pairs = [_drawn(own, work.stream) for own, work in zip(scaled, works, strict=True)]
+        drawn, entropy = (torch.stack(each) for each in zip(*pairs, strict=True))
         if not bool(entropy.isfinite().all()):
             raise ValueError("logits of the model give an entropy of NaN; valid: logits without NaN or +inf")
-        drawn = torch.stack([_drawn(own, work.stream) for own, work in zip(probabilities, works, strict=True)])
         accepted = accept(entropy, config.entropy_bound)
         if self._job.record:
             self._record(number, accepted, probability(logits, drawn))
@@ -282,12 +281,14 @@ class _Canvas:
         self._recorder.add(rows, step, ids, mask, shown, committed, block)
 
 
-def _drawn(probabilities: Tensor, stream: torch.Generator) -> Tensor:
-    """A token for every position of one canvas, int64 ``[canvas_length]``."""
-    size = probabilities.shape[:1]
-    return draw_tokens(
-        probabilities, torch.rand(size, generator=stream, dtype=torch.float64, device=probabilities.device)
-    )
+def _drawn(logits: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draws a token for every position of one canvas: int64 ``[canvas_length]``, and the entropies it is drawn with.
+
+    One canvas at a time: probabilities of a large vocabulary take as much memory as all else.
+    """
+    probabilities = logits.softmax(dim=-1)
+    uniform = torch.rand(len(logits), generator=stream, dtype=torch.float64, device=logits.device)
+    return draw_tokens(probabilities, uniform), torch.special.entr(probabilities).sum(dim=-1)
 
 
 def _noise(job: _Job, works: Sequence[_Work]) -> Tensor:

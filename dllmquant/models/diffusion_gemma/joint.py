@@ -154,8 +154,8 @@ def _predict(
         hidden = layer(hidden, joint, **watched)
     hidden = decoder.norm(_aligned(hidden, real, context)[:, window])
     cap = model.final_logit_softcapping
-    logits: Tensor = torch.tanh(model.lm_head(hidden).float() / cap) * cap
-    return logits
+    logits: Tensor = model.lm_head(hidden).float()
+    return logits.div_(cap).tanh_().mul_(cap)  # in place: they are the largest tensors there are
 
 
 def joint_mask(real: Tensor, context: int, window: int | None) -> Tensor:
