@@ -71,7 +71,8 @@ def inputs_of(
 
     Args:
         block: The block.
-        linears: The layers; all in one run, so they should not depend on one another's weights.
+        linears: The layers, or mixture layers, which read all tokens; all in one run, so they should not depend on one
+            another's weights.
         call: How the block is called.
         weights: Token weights [batch, length].
         chosen: By path of a mixture layer, the experts its tokens are sent to, whatever its router says; for the run
@@ -81,12 +82,6 @@ def inputs_of(
         ValueError: The block ran to its end without calling a layer that is no expert, or a layer's input does not
             hold one row per token.
     """
-    owners = {
-        module: (name, index)
-        for name, mixture in mixtures(block).items()
-        for index, expert in enumerate(mixture)
-        for module in expert.modules()
-    }
     seen: dict[nn.Module, Tensor] = {}
     routes: dict[str, Tensor] = {}
 
@@ -100,31 +95,43 @@ def inputs_of(
         routes[name] = own if chosen is None else chosen[name]
         return x, routes[name], scores
 
+    layers = mixtures(block)
     with ExitStack() as stack:
-        for name, mixture in mixtures(block).items():
+        for name, mixture in layers.items():
             handle = mixture.register_forward_pre_hook(functools.partial(route, name))
             stack.callback(handle.remove)
         for linear in linears:
             stack.callback(linear.register_forward_pre_hook(watch).remove)
         with suppress(StopForward):
             call.run(block)
-    tokens, own_weights = [], []
+    owners = {
+        module: (name, index)
+        for name, mixture in layers.items()
+        for index, expert in enumerate(mixture)
+        for module in expert.modules()
+    }
+    for idle in [linear for linear in linears if linear in owners and linear not in seen]:
+        width = int(idle.in_features)  # type: ignore[arg-type] # nn.Linear or QuantLinear
+        seen[idle] = call.hidden.new_zeros(0, width)  # no token chose the expert
+    if any(linear not in seen for linear in linears):
+        raise ValueError("a block ran without calling a layer its adapter lists; is the execution order right?")
+    own_weights = []
     for linear in linears:
         rows = weights
         if linear in owners:
             name, index = owners[linear]
             rows = weights.flatten()[routed_to(routes[name], index).to(weights.device)]
-        elif linear not in seen:
-            raise ValueError("a block ran without calling a layer its adapter lists; is the execution order right?")
-        width = int(linear.in_features)  # type: ignore[arg-type] # nn.Linear or QuantLinear
-        x = seen[linear] if linear in seen else call.hidden.new_zeros(0, width)
-        if x.shape[:-1].numel() != rows.numel():
-            raise ValueError(
-                f"a layer of a block reads {tuple(x.shape)} where {rows.numel()} tokens were given; valid: one row each"
-            )
-        tokens.append(x)
-        own_weights.append(rows.reshape(x.shape[:-1]))
-    return LayerInputs(tuple(tokens), tuple(own_weights), routes)
+        own_weights.append(_per_token(rows, seen[linear]))
+    return LayerInputs(tuple(seen[linear] for linear in linears), tuple(own_weights), routes)
+
+
+def _per_token(weights: Tensor, x: Tensor) -> Tensor:
+    """Returns weights in the shape of the tokens [..., in] they belong to."""
+    if x.shape[:-1].numel() != weights.numel():
+        raise ValueError(
+            f"a layer of a block reads {tuple(x.shape)} where {weights.numel()} tokens were given; valid: one row each"
+        )
+    return weights.reshape(x.shape[:-1])
 
 
 def output_of(block: nn.Module, module: nn.Module, call: BlockCall) -> Tensor:

@@ -1,6 +1,7 @@
 """Mixture models: statistics follow the tokens to the experts that read them, and experts no token reaches are said."""
 
 import copy
+import dataclasses
 import json
 import logging
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import MaskedLMOutput
 
 from dllmquant import DLLMQuantizer, Recipe
-from dllmquant.calibration import CalibrationStates
+from dllmquant.calibration import CalibrationStates, builtin_prompts, collect_states
 from dllmquant.calibration.experts import tokens_per_expert
 from dllmquant.capture import BlockCall, inputs_of
 from dllmquant.core.gptq import GPTQResult, gptq
@@ -28,6 +29,7 @@ from dllmquant.models.layers import RMSNorm
 from dllmquant.nn.linear import QuantLinear
 from dllmquant.plan import make_plan
 from dllmquant.preparation import prepare
+from dllmquant.preparation.inputs import magnitudes
 from dllmquant.transforms.fold import assert_same_function, probe_logits
 from dllmquant.transforms.quarot import rotate_residual
 from tests.tiny import tiny_llada, tiny_recipe, tiny_tokenizer
@@ -494,6 +496,58 @@ def test_folded_transforms_reach_router_and_experts(transforms: list[dict[str, A
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, original[name])}
     for index in (1, 2):
         assert {f"layers.{index}.mlp.router.weight", f"layers.{index}.mlp.experts.0.gate.weight"} <= changed
+
+
+@pytest.mark.parametrize("kind", ["smoothquant", "awq"])
+def test_scales_of_a_norm_that_experts_alone_read_come_from_all_tokens(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As DiffusionGemma's, whose router has an input of its own."""
+    model = toy()
+    for layer in model.layers[1:]:
+        del layer.mlp.shared
+        layer.mlp.shared = nn.Identity()
+    only = {"mlp.router", "mlp.shared.gate", "mlp.shared.up"}
+    pairs = tuple(
+        (producer, tuple(c for c in consumers if c not in only)) for producer, consumers in ADAPTER.scale_pairs
+    )
+    adapter = dataclasses.replace(
+        ADAPTER,
+        linear_groups=tuple(group for group in ADAPTER.linear_groups if "shared" not in group[0]),
+        scale_pairs=pairs,
+        site_names=(),
+        residual_outputs=tuple(name for name in ADAPTER.residual_outputs if "shared" not in name),
+    )
+    register_adapter(adapter, replace=True)
+    sizes: list[tuple[Tensor, Tensor]] = []
+
+    def watched(block: nn.Module, reader: Any, calls: Any, weights: Any) -> Any:
+        size = magnitudes(block, reader, calls, weights)
+        if isinstance(reader, RoutedExperts):
+            mlp = block.get_submodule("mlp")
+            seen = [inputs_of(block, [mlp], call, w) for call, w in zip(calls, weights, strict=True)]
+            rows = torch.cat([part.tokens[0][part.weights[0] > 0] for part in seen])
+            sizes.append((size.absmax, rows.abs().amax(0)))
+        return size
+
+    monkeypatch.setattr("dllmquant.preparation.scaling.magnitudes", watched)
+    quantizer = DLLMQuantizer(recipe(transforms=[{"kind": kind}]))
+    plan, settings = make_plan(model, adapter, quantizer.recipe), quantizer.recipe
+    assert settings.calibration is not None
+    states = collect_states(
+        model,
+        tiny_tokenizer(),
+        builtin_prompts(4, 0),
+        settings.calibration,
+        settings.token_weights,
+        seed=0,
+        progress=False,
+    )
+    with pytest.raises(ValueError, match="changes what the model computes"):  # the router reads the norm here
+        prepare(model, adapter, plan, settings, states, progress=False)
+    assert len(sizes) == 2
+    for got, expected in sizes:
+        assert torch.equal(got, expected)
 
 
 def test_rotations_reach_every_reader_and_writer() -> None:

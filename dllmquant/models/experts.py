@@ -46,4 +46,6 @@ def mixtures(module: nn.Module) -> dict[str, RoutedExperts]:
 
 def is_expert(block: nn.Module, module: nn.Module) -> bool:
     """Whether a module of a block is part of an expert, so that it reads only the tokens routed there."""
-    return any(module is inner for mixture in mixtures(block).values() for inner in mixture.modules())
+    return any(
+        module is inner for mixture in mixtures(block).values() for expert in mixture for inner in expert.modules()
+    )

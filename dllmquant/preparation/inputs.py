@@ -25,7 +25,7 @@ def second_moments(
 
 
 def magnitudes(
-    block: nn.Module, linear: nn.Linear, calls: Sequence[BlockCall], weights: Sequence[Tensor]
+    block: nn.Module, linear: nn.Module, calls: Sequence[BlockCall], weights: Sequence[Tensor]
 ) -> InputMagnitudes:
     """Returns how large the channels of a layer's input are over all calls."""
     seen = (inputs_of(block, [linear], call, w) for call, w in zip(calls, weights, strict=True))

@@ -50,8 +50,7 @@ def scale_block(
         if not rounded:
             continue
         linears = [linear_at(block, consumer) for consumer in consumers]
-        # a reader of all tokens, if there is one: experts read some
-        reader = min(linears, key=lambda linear: is_expert(block, linear))
+        reader = _reader(block, linears)
         expert = is_expert(block, reader)
         if expert and not any(float(w.sum()) for _, w in _reads(block, reader, calls, weights)):
             continue  # starved: it keeps its scales
@@ -74,8 +73,21 @@ def scale_block(
         apply_scales(block, producer, consumers, scales)
 
 
+def _reader(block: nn.Module, linears: Sequence[nn.Module]) -> nn.Module:
+    """Returns what reads all that the linear layers together read, of them or of the mixtures they are experts of."""
+    for linear in linears:
+        if not is_expert(block, linear):
+            return linear
+    for mixture in mixtures(block).values():
+        inside = [{*expert.modules()} for expert in mixture]
+        if sum(any(linear in modules for linear in linears) for modules in inside) > 1:
+            return mixture
+    return linears[0]
+
+
 def _outputs(block: nn.Module, end: nn.Module, calls: Sequence[BlockCall]) -> Iterator[Tensor]:
-    return (output_of(block, end, call) for call in calls)
+    """Yields what a module gives out per call, [batch, length, out]; a mixture has its tokens in one row."""
+    return (output_of(block, end, call).view(*call.hidden.shape[:2], -1) for call in calls)
 
 
 def _reads(
