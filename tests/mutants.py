@@ -11,12 +11,17 @@ class Mutant:
     module: str
     old: str
     new: str
+    tests: str | None = None  # the file that must notice, if it is not the module's own
 
     @property
     def test_file(self) -> str:
+        if self.tests is not None:
+            return self.tests
         folder, _, leaf = self.module.rpartition("/")
         return f"tests/{folder}/test_{leaf}.py"
 
+
+E = "tests/test_experts.py"
 
 MUTANTS = [
     Mutant("feedback-sign", "core/gptq", "w[:, q + 1 : end] -= ", "w[:, q + 1 : end] += "),
@@ -444,7 +449,7 @@ MUTANTS = [
         "for parameter in (linear.weight,):",
     ),
     Mutant("output-not-rotated", "transforms/quarot", "_multiply(output.weight, rotation)", "pass"),
-    Mutant("values-not-rotated", "transforms/quarot", "_multiply_left(value, rotation)", "pass"),
+    Mutant("values-not-rotated", "transforms/quarot", "_multiply_left(value, rotation, rows)", "pass"),
     Mutant("rotated-in-float32", "transforms/quarot", "rows.double() @ matrix", "rows.float() @ matrix.float()"),
     Mutant("shared-parameter-accepted", "transforms/quarot", "!= len(touched):", "> len(touched):"),
     Mutant("norm-not-tried", "transforms/quarot", "0.02 * expected.norm()", "1e9 * expected.norm()"),
@@ -677,4 +682,52 @@ MUTANTS = [
     Mutant("gptq-mirrored-scale-kept", "export/gptq", "-weight.scale, weight.scale", "weight.scale, weight.scale"),
     Mutant("gptq-groups-interleaved", "export/gptq", ") // size", ") % size"),
     Mutant("signed-zero-off-by-one", "export/compressed_tensors", "(layer.grid.bits - 1))).to", "layer.grid.bits)).to"),
+    Mutant(
+        "expert-token-weights-unrouted",
+        "capture",
+        "rows = weights.flatten()[routed_to",
+        "rows = 1 + 0 * weights.flatten()[routed_to",
+        E,
+    ),
+    Mutant(
+        "forced-routes-ignored",
+        "capture",
+        "routes[name] = own if chosen is None else chosen[name]",
+        "routes[name] = own",
+        E,
+    ),
+    Mutant("experts-weights-ignored", "models/experts", " * weights[tokens, slots, None].to(wide)", "", E),
+    Mutant(
+        "experts-first-slot", "models/experts", "weights[tokens, slots, None]", "weights[tokens, 0 * slots, None]", E
+    ),
+    Mutant(
+        "starved-experts-solved",
+        "pipeline",
+        "if seen >= needed or not is_expert",
+        "if True or seen >= needed or not is_expert",
+        E,
+    ),
+    Mutant("twins-not-routed-alike", "pipeline", ", token_weights, chosen=seen.chosen)", ", token_weights)", E),
+    Mutant(
+        "padding-counts-for-experts",
+        "calibration/experts",
+        "chosen[counted.to(chosen.device)].flatten()",
+        "chosen.flatten()",
+        E,
+    ),
+    Mutant("scales-of-one-expert", "preparation/scaling", "return mixture", "return linears[0]", E),
+    Mutant(
+        "unlisted-linears-ignored",
+        "models/adapters",
+        "isinstance(module, nn.Linear) and name not in",
+        "False and name not in",
+        E,
+    ),
+    Mutant(
+        "later-blocks-kept",
+        "calibration/distributions/trajectory",
+        "later = block > current",
+        "later = block > current + 1",
+        "tests/calibration/test_distributions.py",
+    ),
 ]
