@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from dllmquant import DLLMQuantizer, quantizer
+from dllmquant import DLLMQuantizer, job
 from dllmquant.nn.attention import installed
 from dllmquant.nn.linear import QuantLinear
 from tests.tiny import tiny_llada, tiny_recipe, tiny_tokenizer
@@ -35,7 +35,7 @@ def same(model, other):
 
 def test_states_come_from_the_quantized_model(monkeypatch):
     seen = []
-    collect = quantizer.collect_states
+    collect = job.collect_states
 
     def watched(model, *args, **kwargs):
         packed = sum(isinstance(module, QuantLinear) for module in model.modules())
@@ -43,7 +43,7 @@ def test_states_come_from_the_quantized_model(monkeypatch):
         seen.append((packed, args[2].states, states.content_hash()))
         return states
 
-    monkeypatch.setattr(quantizer, "collect_states", watched)
+    monkeypatch.setattr(job, "collect_states", watched)
     model, worker = run(closed())
     assert [entry[:2] for entry in seen] == [(0, "trajectory"), (14, "closed_loop")]
     assert seen[0][2] != seen[1][2] == worker.states.content_hash()
@@ -53,7 +53,7 @@ def test_states_come_from_the_quantized_model(monkeypatch):
 @pytest.mark.parametrize("attention", [None, {"search": True, "value_granularity": "channel"}])
 def test_the_second_pass_starts_from_the_original(attention, monkeypatch):
     """Were the second pass given the first one's states, it would end where the first one did."""
-    collect, first = quantizer.collect_states, []
+    collect, first = job.collect_states, []
 
     def repeated(*args, **kwargs):
         if not first:
@@ -61,7 +61,7 @@ def test_the_second_pass_starts_from_the_original(attention, monkeypatch):
         return first[0]
 
     expected, _ = run(tiny_recipe(attention=attention))
-    monkeypatch.setattr(quantizer, "collect_states", repeated)
+    monkeypatch.setattr(job, "collect_states", repeated)
     model, _ = run(closed(attention=attention))
     assert same(model, expected)
     assert (installed(model.model.transformer["blocks"][0]) is None) == (attention is None)
@@ -73,7 +73,7 @@ def test_closed_loop_is_deterministic():
 
 def test_given_states_are_used_instead_of_new_ones(monkeypatch):
     expected, worker = run(tiny_recipe())
-    monkeypatch.setattr(quantizer, "collect_states", None)  # would fail if it were called
+    monkeypatch.setattr(job, "collect_states", None)  # would fail if it were called
     again, second = run(tiny_recipe(), states=worker.states)
     assert same(again, expected)
     assert second.states.content_hash() == worker.states.content_hash()

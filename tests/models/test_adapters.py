@@ -38,6 +38,8 @@ TINY: dict[str, Callable[[], PreTrainedModel]] = {
     "sdar_moe": tiny_sdar_moe,
 }
 FAMILIES = sorted(registered_adapters())
+# DiffusionGemma predicts in two passes over rearranged layers; its contract is in test_diffusion_gemma.py.
+ONE_PASS = [family for family in FAMILIES if registered_adapters()[family].denoise is None]
 
 
 @pytest.fixture
@@ -81,10 +83,10 @@ def draw(model: nn.Module, adapter: ModelAdapter, length: int = 9) -> tuple[Tens
 
 
 def test_every_family_has_a_tiny_instance() -> None:
-    assert sorted(TINY) == FAMILIES
+    assert sorted(TINY) == ONE_PASS
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ONE_PASS)
 class TestContract:
     @pytest.fixture
     def model(self, family: str) -> PreTrainedModel:
