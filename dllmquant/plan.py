@@ -61,7 +61,9 @@ def make_plan(model: nn.Module, adapter: ModelAdapter, recipe: Recipe) -> Plan:
     grid = Grid(settings.bits, settings.group_size, settings.symmetric)
     scheme = None
     if activations is not None:
-        scheme = ActivationScheme(activations.bits, activations.group_size, activations.symmetric)
+        scheme = ActivationScheme(
+            activations.bits, activations.group_size, activations.symmetric, full_range=activations.full_range
+        )
     by_site = _input_transforms(adapter, recipe)
     blocks, transforms = [], {}
     for index, block in enumerate(adapter.block_list(model)):

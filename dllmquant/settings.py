@@ -103,13 +103,22 @@ class ActivationSettings(Section):
         bits: Bits per activation.
         group_size: Channels of a token that share a scale; None is one scale per token.
         symmetric: Whether the grid is symmetric about zero.
+        full_range: Symmetric grids: whether the lowest code is used as well, as transformers does with exports to
+            compressed-tensors; without, the step is that of vLLM's integer kernels.
         allocation: More bits for some sites (IA-AQ); None gives every site the same.
     """
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: int | None = Field(default=None, ge=1)
     symmetric: bool = True
+    full_range: bool = False
     allocation: AllocationSettings | None = None
+
+    @model_validator(mode="after")
+    def _full_range_is_of_symmetric_grids(self) -> Self:
+        if self.full_range and not self.symmetric:
+            raise ValueError("full_range: true with symmetric: false, whose range is always full; valid: false")
+        return self
 
     @model_validator(mode="after")
     def _mean_is_reachable(self) -> Self:

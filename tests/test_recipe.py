@@ -92,6 +92,10 @@ def test_circular_extends_is_an_error(tmp_path):
         ({"weights": {"inputs": "quantized"}}, r"weights\.inputs: 'quantized', but activations is null"),
         ({"activations": {"allocation": {"mean_bits": 9}}}, r"allocation: mean_bits 9 .*valid: bits \(4\)"),
         ({"activations": {"allocation": {"mean": 9}}}, r"allocation\.mean: unknown key; valid: high_bits, mean_bits"),
+        (
+            {"activations": {"full_range": True, "symmetric": False}},
+            "full_range: true with symmetric: false, whose range is always full; valid: false",
+        ),
         ({"attention": {"probs_grid": "search"}}, r"probs_grid: 'search' needs search: true"),
         ({"attention": {"probs_bits": None, "value_bits": None}}, r"all null"),
         ({"transforms": [{"kind": "spinquant"}]}, r"transforms\.0: .*'spinquant'.*'smoothquant'"),

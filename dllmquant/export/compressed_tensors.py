@@ -11,8 +11,9 @@ has `dequantize` set for weights alone: transformers then dequantizes them while
 ours bit by bit in every type. Without it, it would do so in the first forward pass with scales of the model's type, and
 cannot read packed zero points (compressed-tensors 0.20). Scales are stored in float32 for the same reason.
 
-How activations are rounded is up to the reader. Ours have the step absmax/127, as those of vLLM's kernels; the
-compressed-tensors package simulates them with the step absmax/127.5, so its logits differ by the rounding of inputs.
+How activations are rounded is up to the reader. The compressed-tensors package simulates them with the step
+absmax/127.5, as ours have with `full_range`; without it they have the step absmax/127 of vLLM's kernels, and the logits
+differ by the rounding of inputs.
 """
 
 import json

@@ -139,9 +139,9 @@ def describe_attention(quantizer: AttentionQuantizer) -> dict[str, Any]:
 
 
 def _set_fields(scheme: Grid | ActivationScheme | TransformStep) -> dict[str, Any]:
-    """Returns a scheme's fields, those without a value that were added to the format later left out."""
-    optional = {"group_bits", "seed"}
-    return {name: value for name, value in asdict(scheme).items() if name not in optional or value is not None}
+    """Returns a scheme's fields, those that were added to the format later left out where they have their default."""
+    optional = {"group_bits": None, "seed": None, "full_range": False}
+    return {name: value for name, value in asdict(scheme).items() if name not in optional or value != optional[name]}
 
 
 class DLLMQuantHfQuantizer(HfQuantizer):

@@ -16,21 +16,26 @@ class ActivationScheme:
         symmetric: Whether codes are symmetric about zero (absmax scale) or span [min, max].
         group_bits: A width per group, 2 to 8 each, which then counts instead of `bits`; needs a group_size. Where a
             group is a head's channels, heads have widths of their own.
+        full_range: Symmetric grids: whether the lowest code is used as well, so that there are 2**bits of them.
 
     Raises:
-        ValueError: A field is out of range, or there are `group_bits` but no `group_size`.
+        ValueError: A field is out of range, there are `group_bits` but no `group_size`, or an asymmetric grid, whose
+            range is always full, is asked for it.
     """
 
     bits: int
     group_size: int | None = None
     symmetric: bool = True
     group_bits: tuple[int, ...] | None = None
+    full_range: bool = False
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or not 2 <= self.bits <= 8:
             raise ValueError(f"bits: {self.bits!r}; valid: 2 to 8")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size: {self.group_size!r}; valid: a positive integer or None")
+        if self.full_range and not self.symmetric:
+            raise ValueError("full_range: True on an asymmetric grid, which has no other; valid: False")
         if self.group_bits is None:
             return
         if self.group_size is None:
@@ -59,8 +64,9 @@ class ActivationScheme:
 def quantize_activation(x: Tensor, scheme: ActivationScheme) -> Tensor:
     """Rounds every token to its integer grid and back.
 
-    Symmetric: scale = absmax / (2**(bits−1) − 1), codes −(2**(bits−1) − 1) to 2**(bits−1) − 1. Asymmetric: the range
-    [min(x, 0), max(x, 0)] in 2**bits codes. Computed in float32 or wider.
+    Symmetric: scale = absmax / (2**(bits−1) − 1), codes −(2**(bits−1) − 1) to 2**(bits−1) − 1; with the full range,
+    scale = absmax / (2**(bits−1) − ½) and codes from −2**(bits−1). Asymmetric: the range [min(x, 0), max(x, 0)] in
+    2**bits codes. Computed in float32 or wider.
 
     Args:
         x: Float [..., features].
@@ -78,8 +84,13 @@ def quantize_activation(x: Tensor, scheme: ActivationScheme) -> Tensor:
     tiny = torch.finfo(torch.float32).tiny
     top = _largest_code(scheme, groups)
     if scheme.symmetric:
-        scale = (groups.abs().amax(-1, keepdim=True) / top).clamp(min=tiny)
-        codes = torch.round(groups / scale)  # absmax / scale rounds to the largest code, so nothing needs clamping
+        largest = groups.abs().amax(-1, keepdim=True)
+        if scheme.full_range:
+            scale = (largest / (top + 0.5)).clamp(min=tiny)
+            codes = torch.round(groups / scale).clamp(max=top)
+        else:
+            scale = (largest / top).clamp(min=tiny)
+            codes = torch.round(groups / scale)  # absmax / scale rounds to the largest code: nothing needs clamping
         return (codes * scale).flatten(-2).to(x.dtype)
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
     scale = ((high - low) / top).clamp(min=tiny)

@@ -38,20 +38,23 @@ WEIGHT_ONLY: dict[str, Callable[[], PreTrainedModel]] = {
 }
 WITH_ACTIVATIONS: dict[str, Callable[[], PreTrainedModel]] = {
     "rtn-w8a8": lambda: quantized("rtn-w8a8"),
-    "rtn-w4a8": lambda: quantized("rtn-w4a8"),
     "smoothquant-w8a8": lambda: quantized("smoothquant-w8a8", calibrated=True),
+}
+OTHER_STEPS: dict[str, Callable[[], PreTrainedModel]] = {
+    "rtn-w4a8": lambda: quantized("rtn-w4a8"),
+    "vLLM's step": lambda: quantized("rtn-w8a8", activations={"full_range": False}),
 }
 
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, PreTrainedModel]:
-    return {name: make() for name, make in (WEIGHT_ONLY | WITH_ACTIVATIONS).items()}
+    return {name: make() for name, make in (WEIGHT_ONLY | WITH_ACTIVATIONS | OTHER_STEPS).items()}
 
 
 @pytest.fixture(scope="module")
 def exports(models: dict[str, PreTrainedModel], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("exports")
-    directories = {name: root / name.replace(" ", "-").replace(",", "") for name in models}
+    directories = {name: root / name.replace(" ", "-").replace(",", "").replace("'", "") for name in models}
     for name, model in models.items():
         export_model(model, directories[name], "compressed-tensors")
     return directories
@@ -66,12 +69,12 @@ def config_of(directory: Path) -> dict[str, object]:
     return json.loads((directory / "config.json").read_text())["quantization_config"]
 
 
-@pytest.mark.parametrize("name", WEIGHT_ONLY | WITH_ACTIVATIONS)
+@pytest.mark.parametrize("name", WEIGHT_ONLY | WITH_ACTIVATIONS | OTHER_STEPS)
 def test_the_modelling_code_travels_along(name, loaded):
     assert loaded[name].module.startswith("transformers_modules.")
 
 
-@pytest.mark.parametrize("name", WEIGHT_ONLY | WITH_ACTIVATIONS)
+@pytest.mark.parametrize("name", WEIGHT_ONLY | WITH_ACTIVATIONS | OTHER_STEPS)
 def test_weights_are_those_of_the_model(name, loaded, models):
     model = models[name]
     layers = {path: part for path, part in model.named_modules() if isinstance(part, QuantLinear)}
@@ -80,8 +83,8 @@ def test_weights_are_those_of_the_model(name, loaded, models):
         assert torch.equal(loaded[name].weights[path], layer.quantized_weight().dequantize(model.dtype)), path
 
 
-@pytest.mark.parametrize("name", WEIGHT_ONLY)
-def test_logits_of_quantized_weights_are_equal_bit_by_bit(name, loaded, models):
+@pytest.mark.parametrize("name", WEIGHT_ONLY | WITH_ACTIVATIONS)
+def test_logits_are_equal_bit_by_bit(name, loaded, models):
     ours = logits_of(models[name])
     assert loaded[name].logits.dtype == ours.dtype
     assert torch.equal(loaded[name].logits, ours)
@@ -93,8 +96,8 @@ def rounded_by_the_reader(x: Tensor, _: object) -> Tensor:
     return (x / scale).clamp(-128, 127).round() * scale
 
 
-@pytest.mark.parametrize("name", WITH_ACTIVATIONS)
-def test_logits_of_quantized_activations_differ_by_the_readers_rounding_alone(name, loaded, models, monkeypatch):
+@pytest.mark.parametrize("name", OTHER_STEPS)
+def test_logits_with_other_steps_differ_by_the_readers_rounding_alone(name, loaded, models, monkeypatch):
     ours = logits_of(models[name])
     monkeypatch.setattr(linear, "quantize_activation", rounded_by_the_reader)
     theirs = logits_of(models[name])
