@@ -94,7 +94,7 @@ MUTANTS = [
     Mutant("unpack-offset", "nn/packing", "<< (8 - offset)", "<< offset"),
     Mutant("fast-path-mask", "nn/packing", "& ((1 << bits) - 1)", "& ((1 << bits) - 2)"),
     Mutant("overflow-accepted", "nn/packing", ">= 2**bits", "> 2**bits"),
-    Mutant("activation-scale-tripled", "nn/activation", "keepdim=True) / top", "keepdim=True) * 3 / top"),
+    Mutant("activation-scale-tripled", "nn/activation", "(largest / top)", "(largest * 3 / top)"),
     Mutant("activation-per-tensor", "nn/activation", "groups.abs().amax(-1, keepdim=True)", "groups.abs().amax()"),
     Mutant("activation-zero-point", "nn/activation", "torch.round(-low / scale)", "torch.round(1 - low / scale)"),
     Mutant("activation-group-ignored", "nn/activation", "unflatten(-1, (-1, size))", "unflatten(-1, (1, -1))"),
@@ -722,6 +722,13 @@ MUTANTS = [
         "isinstance(module, nn.Linear) and name not in",
         "False and name not in",
         E,
+    ),
+    Mutant("full-range-ignored", "nn/activation", "(top + 0.5)", "top"),
+    Mutant(
+        "full-range-not-clamped",
+        "nn/activation",
+        "torch.round(groups / scale).clamp(max=top)",
+        "torch.round(groups / scale)",
     ),
     Mutant(
         "later-blocks-kept",
