@@ -41,7 +41,8 @@ class Job:
         reports: After `run`: one per packed layer, in execution order.
         states: After `run`: the calibration states the layers were solved for.
         allocation: After `run`: what IA-AQ decided.
-        expert_tokens: After `run`: the calibration tokens of every expert, by the full-precision router.
+        expert_tokens: After `run`: the calibration tokens of every expert, by the router of the model the states were
+            made with.
     """
 
     model: PreTrainedModel
@@ -61,9 +62,11 @@ class Job:
         closed_loop = settings is not None and settings.states == "closed_loop"
         if given is not None:
             self.states = given.reweighted(self.recipe.token_weights)
+            if settings is not None:
+                self.expert_tokens = tokens_per_expert(self.model, self.adapter, self.states, settings.batch_size)
         elif settings is not None:
             self.states = self._collect("trajectory" if closed_loop else settings.states, settings.num_states)
-        self._count_experts()
+        self._tell_of_experts()
         preparation = prepare(self.model, self.adapter, self.plan, self.recipe, self.states, progress=self.progress)
         self.allocation = preparation.allocation
         originals = {name: self.model.get_submodule(name) for name in self.plan.modules}
@@ -95,8 +98,8 @@ class Job:
                     progress=self.progress,
                 )
                 grown = min(2 * num_states, settings.max_growth * settings.num_states, self._available(states, kind))
-                tokens = tokens_per_expert(self.model, self.adapter, states, settings.batch_size)
-                hungry = starved(tokens, settings.min_expert_tokens)
+                self.expert_tokens = tokens_per_expert(self.model, self.adapter, states, settings.batch_size)
+                hungry = starved(self.expert_tokens, settings.min_expert_tokens)
                 if not hungry or grown <= num_states:
                     return states
                 logger.info(
@@ -124,13 +127,10 @@ class Job:
             return sum(map(sum, states.coverage.recorded))
         return len(self.source[1])
 
-    def _count_experts(self) -> None:
-        """Counts the tokens of each expert, and says which of them starve."""
+    def _tell_of_experts(self) -> None:
+        """Says how many tokens the experts read, and whether any of them starves."""
         settings = self.recipe.calibration
-        if self.states is None or settings is None:
-            return
-        self.expert_tokens = tokens_per_expert(self.model, self.adapter, self.states, settings.batch_size)
-        if self.expert_tokens:
+        if self.expert_tokens and settings is not None:
             hungry = starved(self.expert_tokens, settings.min_expert_tokens)
             logger.log(
                 logging.WARNING if hungry else logging.INFO,
@@ -151,6 +151,9 @@ class Job:
             batch_size=1 if calibration is None else calibration.batch_size,
             progress=self.progress,
         )
+        rounded = sum(report.fallback is not None for report in self.reports)
+        if rounded:
+            logger.warning("%d layers of starved experts were rounded to nearest; their reports say why", rounded)
 
 
 @contextmanager

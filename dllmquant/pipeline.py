@@ -219,7 +219,7 @@ class _Group:
                 if self.transform is not None:
                     weight = self.transform.inverse_transpose_weight(weight)
                 if fallback is not None:
-                    solved, result = rtn(weight, self.plan.grid, clip=_range(self.settings)), None
+                    solved, result = rtn(weight, self._uniform_grid(), clip=_range(self.settings)), None
                 else:
                     solved, result = _solve(weight, self.plan.grid, self.settings, statistics)
             except ValueError as error:
@@ -246,6 +246,13 @@ class _Group:
                 )
             reports.append(report)
         return reports
+
+    def _uniform_grid(self) -> Grid:
+        """Returns the grid of a layer that is not solved: within the mean width, where widths are mixed."""
+        mixed = self.settings.mixed
+        if mixed is None:
+            return self.plan.grid
+        return replace(self.plan.grid, bits=max(2, *(bits for bits in mixed.choices if bits <= mixed.mean)))
 
     def _fallback(self, statistics: InputStatistics | None) -> str | None:
         """Says why the layers cannot be solved, which only happens to experts; None if they can."""

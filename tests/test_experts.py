@@ -30,6 +30,7 @@ from dllmquant.nn.linear import QuantLinear
 from dllmquant.plan import make_plan
 from dllmquant.preparation import prepare
 from dllmquant.preparation.inputs import magnitudes
+from dllmquant.preparation.routes import holding_routes, recording_routes
 from dllmquant.transforms.fold import assert_same_function, probe_logits
 from dllmquant.transforms.quarot import rotate_residual
 from tests.tiny import tiny_llada, tiny_recipe, tiny_tokenizer
@@ -399,7 +400,8 @@ def test_a_starved_expert_is_rounded_to_nearest_and_said(caplog: pytest.LogCaptu
     clip: Clip = "mse" if weights.clip == "mse" else "none"
     expected = rtn(original.get_submodule(name).weight.detach(), grid, clip=clip)
     assert torch.equal(layer.quantized_weight().codes, expected.codes)
-    assert "; 10 read fewer than 1000000 and are rounded to nearest; calibration.num_prompts or" in caplog.text
+    assert "; 10 read fewer than 1000000; calibration.num_prompts or" in caplog.text
+    assert "30 layers of starved experts were rounded to nearest" in caplog.text
 
 
 def test_more_states_are_drawn_while_experts_starve() -> None:
@@ -580,3 +582,27 @@ def test_bits_are_allocated_to_experts() -> None:
     sites = {entry.site for entry in quantizer.allocation}
     assert "layers.1.mlp.experts.4.down" in sites
     assert len(sites) == 4 + 2 * (2 + 10 + 2)
+
+
+def test_held_routes_count_with_the_weights_of_their_own_run() -> None:
+    """Whatever the order inside the choice; an expert that the run would not choose takes the place's weight."""
+    layer = RoutedExperts(nn.Identity() for _ in range(4))
+    x = torch.ones(3, 1)
+    first = torch.tensor([[0, 1], [2, 3], [1, 2]])
+    with recording_routes(layer) as routes:
+        layer(x, first, torch.full((3, 2), 0.5))
+    seen: list[Any] = []
+    layer.register_forward_hook(lambda _module, args, _output: seen.extend(args))
+    weights = torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.8, 0.2]])
+    with holding_routes(layer, routes):
+        layer(x, torch.tensor([[1, 0], [2, 3], [1, 0]]), weights)
+    assert torch.equal(seen[1], first)
+    assert torch.equal(seen[2], torch.tensor([[0.3, 0.7], [0.6, 0.4], [0.8, 0.2]]))
+
+
+def test_a_starved_expert_keeps_to_the_mean_width() -> None:
+    model = toy()
+    mixed = {"group_size": 16, "bits": 4, "mixed": {"choices": [2, 3], "mean": 2.5}}
+    quantizer = quantized(model, weights=mixed, calibration={"min_expert_tokens": 10**6, "max_growth": 1})
+    assert all(report.bits <= 2.5 for report in quantizer.reports)
+    assert any(report.fallback is not None for report in quantizer.reports)

@@ -69,4 +69,4 @@ def experts_summary(tokens: ExpertTokens, needed: int) -> str:
         f"{counts[len(counts) // 2]:,} in the median"
     )
     hungry = starved(tokens, needed)
-    return said + (f"; {hungry} read fewer than {needed} and are rounded to nearest" if hungry else "")
+    return said + (f"; {hungry} read fewer than {needed}" if hungry else "")

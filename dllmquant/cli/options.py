@@ -31,7 +31,11 @@ class Remasking(StrEnum):
 
 Model = Annotated[
     str,
-    typer.Argument(metavar="MODEL", show_default=False, help="Directory, hub id (owner/name), or bundled model."),
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="Directory, hub id (owner/name), or a bundled model: llada-tiny, llada-tiny-seed1, dream-tiny.",
+    ),
 ]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="Such as cpu or cuda:1; auto takes a GPU if there is one.")]

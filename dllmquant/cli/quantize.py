@@ -187,7 +187,9 @@ def _quantization_report(quantizer: "DLLMQuantizer", model: "PreTrainedModel", o
             lines.append(f"calibration states: {quantizer.states.coverage.summary()}")
         lines += [f"note: {note}" for note in quantizer.states.notes]
     if quantizer.expert_tokens and recipe.calibration is not None:
-        lines.append(experts_summary(quantizer.expert_tokens, recipe.calibration.min_expert_tokens))
+        rounded = sum(report.fallback is not None for report in reports)
+        said = f"; {rounded} layers of starved experts rounded to nearest" if rounded else ""
+        lines.append(experts_summary(quantizer.expert_tokens, recipe.calibration.min_expert_tokens) + said)
     lines.append(
         f"wrote {output} ({sum(path.stat().st_size for path in output.glob('*.safetensors')):,} bytes of weights)"
     )
