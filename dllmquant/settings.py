@@ -84,7 +84,7 @@ class AllocationSettings(Section):
 
     Attributes:
         high_bits: Bits of the sites that get more.
-        mean_bits: The mean bits per activation value of the sites, never exceeded; an expert's input counts like any other.
+        mean_bits: The mean bits per activation value, never exceeded; over sites: an expert's counts like any other.
         objective: What a site's error is measured by: "output", the interaction-weighted error of the layers that read
             it; or "logits", the KL divergence of the model's predictions at masked positions.
         heads: Whether the attention output is divided into one unit per head.
