@@ -56,7 +56,7 @@ def test_weight_formats_take_no_activations(form, tmp_path):
 @pytest.mark.parametrize(
     ("activations", "what"),
     [
-        ({"bits": 8, "symmetric": False}, "8-bit asymmetric activations per token"),
+        ({"bits": 8, "symmetric": False, "full_range": False}, "8-bit asymmetric activations per token"),
         ({"bits": 8, "group_size": 16}, "8-bit symmetric activations in groups of 16 channels"),
     ],
 )
