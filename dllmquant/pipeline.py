@@ -119,7 +119,7 @@ def quantize_blocks(
             if states is not None:
                 weights = list(preparation.token_weights[index].to(device).split(batch_size))
             original = copy.deepcopy(block) if full_calls else None
-            with _restored_on_failure(model, block, plan.blocks[index]):
+            with _restored_on_failure(model, block, [names for stage in stages for names in stage]):
                 attention = recipe.attention  # until it is installed
                 for stage in stages:
                     if attention is not None and _reads_attention(adapter, block, f"{adapter.blocks}.{index}.", stage):

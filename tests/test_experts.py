@@ -525,6 +525,7 @@ def test_scales_of_a_norm_that_experts_alone_read_come_from_all_tokens(
 
     def watched(block: nn.Module, reader: Any, calls: Any, weights: Any) -> Any:
         size = magnitudes(block, reader, calls, weights)
+        assert size is not None
         if isinstance(reader, RoutedExperts):
             mlp = block.get_submodule("mlp")
             seen = [inputs_of(block, [mlp], call, w) for call, w in zip(calls, weights, strict=True)]
@@ -606,3 +607,27 @@ def test_a_starved_expert_keeps_to_the_mean_width() -> None:
     quantizer = quantized(model, weights=mixed, calibration={"min_expert_tokens": 10**6, "max_growth": 1})
     assert all(report.bits <= 2.5 for report in quantizer.reports)
     assert any(report.fallback is not None for report in quantizer.reports)
+
+
+@pytest.mark.parametrize(
+    "transforms", [[{"kind": "awq"}], [{"kind": "duquant", "block_size": 16}], [{"kind": "wush", "block_size": 16}]]
+)
+def test_transforms_pass_over_an_expert_that_no_token_reaches(transforms: list[dict[str, Any]]) -> None:
+    model = toy()
+    for layer in model.layers[1:]:
+        biased = nn.Linear(WIDTH, EXPERTS)
+        biased.weight.data = layer.mlp.router.weight.data
+        biased.bias.data = torch.tensor([0.0] * (EXPERTS - 1) + [-1e4])
+        layer.mlp.router = biased
+    last = model.layers[2].mlp.experts[-1]
+    down = last.down.weight.detach().clone()
+    quantizer = quantized(model, transforms=transforms)
+    assert all(counts[-1] == 0 < min(counts[:-1]) for counts in quantizer.expert_tokens.values())
+    packed = model.layers[2].mlp.experts[-1].down
+    assert packed.input_transform is None
+    grid = Grid(4, 16, symmetric=False)
+    assert torch.equal(packed.quantized_weight().codes, rtn(down, grid, clip="mse").codes)
+    fallbacks = {report.name for report in quantizer.reports if report.fallback is not None}
+    assert {name for name in fallbacks if name.startswith("layers.2")} == {
+        f"layers.2.mlp.experts.4.{leaf}" for leaf in ("gate", "up", "down")
+    }

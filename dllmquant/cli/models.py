@@ -22,7 +22,7 @@ def models() -> None:
     overview = [
         [
             adapter.model_type,
-            adapter.attention if adapter.mask_token_id is not None else "causal context, bidirectional canvas",
+            adapter.attention,
             "the next position" if adapter.logits_shift else "their position",
             "none" if adapter.mask_token_id is None else str(adapter.mask_id(AutoConfig.for_model(adapter.model_type))),
         ]

@@ -79,7 +79,8 @@ class ModelAdapter:
         eot_token: The token that ends a turn of a chat model, if the family has one beside EOS; used when the tokenizer
             knows it.
         logits_shift: 0 when logits at a position predict that position; 1 when they predict the next one (Dream).
-        attention: "bidirectional" over the whole canvas, or "block_causal".
+        attention: "bidirectional" over prompt and canvas; "block_causal": to a token's own block and earlier ones; or
+            "causal_context": bidirectional over the canvas, causal before it.
         site_names: Other names under which recipes may mean an input, each with the first layer of the group that reads
             it. The built-in recipes speak of LLaDA's layers.
         scale_pairs: (producer, consumers) relative to a block: norms or linear layers whose output channels can be
@@ -110,7 +111,7 @@ class ModelAdapter:
     kept: tuple[str, ...] = ()
     eot_token: str | None = None
     logits_shift: Literal[0, 1] = 0
-    attention: Literal["bidirectional", "block_causal"] = "bidirectional"
+    attention: Literal["bidirectional", "block_causal", "causal_context"] = "bidirectional"
     site_names: tuple[tuple[str, str], ...] = ()
     scale_pairs: tuple[tuple[str, tuple[str, ...]], ...] = ()
     residual_outputs: tuple[str, ...] = ()

@@ -1,6 +1,6 @@
 """What flows into a layer on the full-precision path: its second moments, its magnitudes, a sample of its tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,18 @@ def second_moments(
 
 def magnitudes(
     block: nn.Module, linear: nn.Module, calls: Sequence[BlockCall], weights: Sequence[Tensor]
-) -> InputMagnitudes:
-    """Returns how large the channels of a layer's input are over all calls."""
+) -> InputMagnitudes | None:
+    """Returns how large the channels of a layer's input are over all calls.
+
+    None if the layer is an expert's that no token was routed to.
+    """
     seen = (inputs_of(block, [linear], call, w) for call, w in zip(calls, weights, strict=True))
-    return input_magnitudes((part.tokens[0], part.weights[0]) for part in seen)
+    batches: Iterable[tuple[Tensor, Tensor]] = ((part.tokens[0], part.weights[0]) for part in seen)
+    if is_expert(block, linear):
+        batches = list(batches)  # few tokens, if any
+        if not any(bool((own > 0).any()) for _, own in batches):
+            return None
+    return input_magnitudes(batches)
 
 
 def sample_tokens(

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from dllmquant.capture import BlockCall, inputs_of, output_of
+from dllmquant.capture import BlockCall, output_of
 from dllmquant.models import ModelAdapter
 from dllmquant.models.experts import is_expert, mixtures
 from dllmquant.plan import Plan
@@ -52,9 +52,9 @@ def scale_block(
         linears = [linear_at(block, consumer) for consumer in consumers]
         reader = _reader(block, linears)
         expert = is_expert(block, reader)
-        if expert and not any(float(w.sum()) for _, w in _reads(block, reader, calls, weights)):
-            continue  # starved: it keeps its scales
         size = magnitudes(block, reader, calls, weights)
+        if size is None:
+            continue  # starved: it keeps its scales
         own = [linear_at(block, consumer).weight.detach() for consumer in rounded]
         if isinstance(transform, SmoothQuant):
             scales = smooth_scales(size.absmax, own, transform.alpha)
@@ -88,15 +88,6 @@ def _reader(block: nn.Module, linears: Sequence[nn.Module]) -> nn.Module:
 def _outputs(block: nn.Module, end: nn.Module, calls: Sequence[BlockCall]) -> Iterator[Tensor]:
     """Yields what a module gives out per call, [batch, length, out]; a mixture has its tokens in one row."""
     return (output_of(block, end, call).view(*call.hidden.shape[:2], -1) for call in calls)
-
-
-def _reads(
-    block: nn.Module, linear: nn.Module, calls: Sequence[BlockCall], weights: Sequence[Tensor]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields, per call, what a layer reads and how much it counts."""
-    for call, token_weights in zip(calls, weights, strict=True):
-        seen = inputs_of(block, [linear], call, token_weights)
-        yield seen.tokens[0], seen.weights[0]
 
 
 def _sub_block_end(adapter: ModelAdapter, block: nn.Module, consumers: Sequence[str]) -> str:

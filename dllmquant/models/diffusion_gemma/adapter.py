@@ -24,6 +24,7 @@ ADAPTER = ModelAdapter(
     embedding="model.decoder.embed_tokens",
     head="lm_head",
     mask_token_id=None,
+    attention="causal_context",
     kept=("router.proj",),
     site_names=(
         ("q_proj", "self_attn.q_proj"),
