@@ -1,9 +1,9 @@
 """lm-eval's model class `dllmquant`: its tasks, measured with our samplers and our likelihood bound.
 
-    python -m dllmquant.integrations.lm_eval --model dllmquant --model_args pretrained=DIR --tasks gsm8k
+    lm_eval --model dllmquant --model_args pretrained=DIR --tasks gsm8k
 
-lm-eval looks for no plug-ins: `lm_eval --model dllmquant` does not know the class. The module above is lm-eval's own
-command line with the class registered. In Python, importing this package registers it.
+lm-eval looks for no plug-ins; `startup.py` is how its command finds the class all the same. In Python, importing this
+package registers it, and `python -m dllmquant.integrations.lm_eval` is the same command without that help.
 """
 
 try:

@@ -25,6 +25,7 @@ from dllmquant.integrations.lm_eval.loading import load
 from dllmquant.integrations.lm_eval.requests import GenerationOptions, cut_at_stops, read_options
 from dllmquant.integrations.lm_eval.scoring import GreedyCheck, Pair, Scorer
 from dllmquant.models import adapter_for
+from dllmquant.models.inference import inference
 from dllmquant.presets import Preset, find_preset
 
 _LOGGER = logging.getLogger(__name__)
@@ -373,7 +374,8 @@ class DLLMQuantLM(TemplateLM):  # type: ignore[misc] # lm-eval carries no types
     def _counting(self, denoiser: Denoiser) -> Denoiser:
         def counted(ids: Tensor, attention_mask: Tensor) -> Tensor:
             self.tally.forward_passes += 1
-            return denoiser(ids, attention_mask)
+            with inference(self.model, self._adapter.block_list(self.model)):
+                return denoiser(ids, attention_mask)
 
         return counted
 
