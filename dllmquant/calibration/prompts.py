@@ -4,16 +4,22 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from dllmquant import tasks
 
+if TYPE_CHECKING:
+    import datasets
+
 Prompt = str | tuple[str, str]
 """A prompt, or a prompt and its completion."""
+GivenPrompts: TypeAlias = "Sequence[Prompt | Mapping[str, Any]] | datasets.Dataset"
+"""Prompts as they are given in Python; see `check_prompts`."""
 
+_VALID_ROW = "a string, (prompt, completion), or fields: 'prompt' and, if any, 'completion', or one field alone"
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?")
 
 
@@ -24,24 +30,36 @@ def builtin_prompts(count: int, seed: int) -> list[Prompt]:
     return [(item.prompt, item.answer) for item in items]
 
 
-def check_prompts(prompts: Sequence[Prompt], needed: int) -> None:
-    """Checks user-given calibration prompts before any work is done.
+def check_prompts(prompts: GivenPrompts, needed: int) -> list[Prompt]:
+    """Reads prompts given in Python, before any work is done, as `load_prompts` reads the rows of a file.
 
     Args:
-        prompts: Prompts, or pairs of prompt and completion.
+        prompts: A list or a `datasets.Dataset`. An item is a text, a pair of prompt and completion, or a mapping: its
+            field "prompt" (and "completion", where there is one), or the only field there is.
         needed: How many the recipe asks for.
 
+    Returns:
+        All of them, in their order.
+
     Raises:
-        ValueError: There are too few, or one is neither a non-empty string nor a pair of strings.
+        ValueError: `prompts` is something else, an item is none of these or holds no text, or there are too few.
     """
     if isinstance(prompts, str):
-        raise ValueError("prompts: a single string; give a list of strings")
-    for index, prompt in enumerate(prompts):
-        parts = (prompt,) if isinstance(prompt, str) else prompt
-        if len(parts) not in (1, 2) or not all(isinstance(part, str) for part in parts) or not parts[0]:
-            raise ValueError(f"prompts[{index}]: {prompt!r} is neither a non-empty string nor (prompt, completion)")
-    if len(prompts) < needed:
-        raise ValueError(f"prompts: {len(prompts)} given, the recipe needs {needed}; give more or lower its count")
+        raise ValueError("prompts: a single string; valid: a list of prompts, such as load_prompts draws from a file")
+    if not _is_list(prompts):
+        raise ValueError(
+            f"prompts: {type(prompts).__name__}; valid: a list of strings, (prompt, completion) pairs or mappings with "
+            "a field 'prompt', or a datasets.Dataset of such rows"
+        )
+    found = []
+    for index, item in enumerate(prompts):
+        prompt = _prompt(item, f"prompts[{index}]", None, None)
+        if prompt is None:
+            raise ValueError(f"prompts[{index}]: {item!r} holds no text; valid: {_VALID_ROW}")
+        found.append(prompt)
+    if len(found) < needed:
+        raise ValueError(f"prompts: {len(found)} given, the recipe needs {needed}; give more or lower its count")
+    return found
 
 
 def load_prompts(
@@ -62,7 +80,8 @@ def load_prompts(
             data set on the Hugging Face hub, as "owner/name" or "owner/name:config", or a directory of its files, read
             by `datasets.load_dataset`, which downloads the whole split and runs no code of the data set; a
             `datasets.Dataset`; an `IterableDataset`, of which a shuffled buffer is read; or a list of rows. A row is a
-            text, a pair of prompt and completion, or a mapping of fields.
+            text, a pair of prompt and completion, or a mapping of fields. Files are UTF-8; lines end with a line feed,
+            or a carriage return before it.
         count: How many prompts.
         seed: Seed of their order.
         field: The field that holds the prompt. None takes "prompt" (and "completion", where a row has one), or the only
@@ -88,9 +107,11 @@ def load_prompts(
     seen = 0
     for where, row in rows:
         seen += 1
-        prompt = _prompt(row, where, field, completion_field)
-        if prompt is not None:
-            found.append(template(prompt) if isinstance(prompt, str) else (template(prompt[0]), prompt[1]))
+        prompt = _prompt(row, f"prompts: {where}", field, completion_field)
+        if isinstance(prompt, str):
+            found.append(template(prompt))
+        elif prompt is not None and prompt[1].strip():
+            found.append((template(prompt[0]), prompt[1]))
         if len(found) == count:
             return found
     raise ValueError(
@@ -125,29 +146,41 @@ class _Rows:
         if isinstance(source, datasets.IterableDataset):
             stream = source.shuffle(seed=seed, buffer_size=max(1000, 16 * count))
             return cls(name, ((f"{name}, shuffled row {i}", row) for i, row in enumerate(stream)))
-        if not isinstance(source, list | tuple | datasets.Dataset):
+        if not _is_list(source):
             raise ValueError(f"prompts: {name}; valid: a file, a data set or its name, or a list of rows")
         order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
         first = 1 if unit == "line" else 0
         return cls(name, ((f"{name}, {unit} {i + first}", source[i]) for i in order))
 
 
+def _is_list(source: Any) -> bool:
+    """Whether something has rows that can be counted and told apart."""
+    if isinstance(source, Sequence):
+        return not isinstance(source, str)
+    import datasets
+
+    return isinstance(source, datasets.Dataset)
+
+
 def _prompt(row: Any, where: str, field: str | None, completion_field: str | None) -> Prompt | None:
-    """The prompt of a row; None where a field it needs holds no text."""
+    """The prompt of a row; None where a field it needs, or the prompt, holds no text."""
     if not isinstance(row, Mapping):
         if field is not None or completion_field is not None:
-            raise ValueError(f"prompts: {where}: a text without fields; valid: no field and no completion_field")
+            raise ValueError(f"{where}: a text without fields; valid: no field and no completion_field")
         parts = (row,) if isinstance(row, str) else tuple(row) if isinstance(row, list | tuple) else ()
         if len(parts) not in (1, 2) or not all(isinstance(part, str) for part in parts):
-            raise ValueError(f"prompts: {where}: {row!r}; valid: a string, (prompt, completion), or fields")
-        if not all(part.strip() for part in parts):
+            raise ValueError(f"{where}: {row!r}; valid: {_VALID_ROW}")
+        if not parts[0].strip():
             return None
         return parts[0] if len(parts) == 1 else (parts[0], parts[1])
     known = ", ".join(map(str, row))
     guessed = field is None
     if field is None:
         if "prompt" not in row and len(row) != 1:
-            raise ValueError(f"prompts: {where}: no field 'prompt'; set field to one of its fields: {known}")
+            raise ValueError(
+                f"{where}: no field 'prompt'; set field to one of its fields: {known} "
+                "(in load_prompts, or by --prompt-field)"
+            )
         field = "prompt" if "prompt" in row else next(iter(row))
     prompt = _text(row, field, where, known)
     if completion_field is not None:
@@ -162,10 +195,10 @@ def _prompt(row: Any, where: str, field: str | None, completion_field: str | Non
 def _text(row: Mapping[str, Any], field: str, where: str, known: str) -> str | None:
     """The text of a field; None where there is nothing or blanks only."""
     if field not in row:
-        raise ValueError(f"prompts: {where}: no field {field!r}; its fields: {known}")
+        raise ValueError(f"{where}: no field {field!r}; its fields: {known}")
     value = row[field]
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"prompts: {where}: field {field!r} holds {type(value).__name__}; valid: text")
+        raise ValueError(f"{where}: field {field!r} holds {type(value).__name__}; valid: text")
     return value if value and value.strip() else None
 
 
@@ -194,8 +227,15 @@ def _read_file(path: Path) -> list[Any]:
         raise ValueError(f"prompts: {path} is not UTF-8 text ({error})") from None
 
 
+def _read_text(path: Path) -> str:
+    """The text of a file, line ends as they are, without a byte order mark."""
+    return path.read_bytes().decode("utf-8-sig")
+
+
 def _read_lines(path: Path) -> list[Any]:
-    return path.read_text(encoding="utf-8").splitlines()
+    # Not splitlines(): it also splits at characters that a JSON string or a prompt may hold, such as U+2028.
+    lines = [line.removesuffix("\r") for line in _read_text(path).split("\n")]
+    return lines if lines[-1] else lines[:-1]
 
 
 def _read_json_lines(path: Path) -> list[Any]:
@@ -210,7 +250,7 @@ def _read_json_lines(path: Path) -> list[Any]:
 
 def _read_json(path: Path) -> list[Any]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"prompts: {path}: not JSON ({error}); a row per line is called .jsonl") from None
     if not isinstance(rows, list):

@@ -50,6 +50,34 @@ def test_lines_of_a_text(tmp_path):
     assert Counter(load(path)) == Counter(question for question, _ in PAIRS)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_end_with_line_feeds_only(end, tmp_path):
+    """Characters that Unicode calls line ends may occur in a prompt, and raw in a JSON string."""
+    texts = ["a\u2028b", "c\u2029\u0085d", "e\x0cf", "g\x1ch\x0bi"]
+    plain, rows = tmp_path / "rows.txt", tmp_path / "rows.jsonl"
+    plain.write_bytes("".join(text + end for text in texts).encode())
+    objects = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    rows.write_bytes(end.join([objects[0], "", *objects[1:]]).encode())
+    assert sorted(load(plain, 4)) == sorted(load(rows, 4)) == sorted(texts)
+    assert load(plain, 4) == load(texts, 4)  # the end of the last line begins no other: the order is that of the list
+    with pytest.raises(ValueError, match=r"holds 4 prompts \(5 rows\)"):
+        load(rows, 5)
+    rows.write_bytes(rows.read_bytes() + f"{end}{{".encode())
+    with pytest.raises(ValueError, match="line 6: not JSON"):
+        load(rows, 4)
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "json"])
+def test_a_byte_order_mark_is_no_text(suffix, tmp_path):
+    path = write(tmp_path / f"rows.{suffix}")
+    expected = load(path, **({} if suffix == "txt" else {"field": "question"}))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load(path, **({} if suffix == "txt" else {"field": "question"})) == expected
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"rows\.\w+ holds 0 prompts \(0 rows\)|rows.json: not JSON"):
+        load(path, 1)
+
+
 def test_lists_and_data_sets():
     pairs = load(ROWS, field="question", completion_field="answer")
     assert Counter(pairs) == Counter(PAIRS)
@@ -57,6 +85,8 @@ def test_lists_and_data_sets():
     assert Counter(load(PAIRS)) == Counter(PAIRS)
     assert Counter(load([list(pair) for pair in PAIRS])) == Counter(PAIRS)
     assert Counter(load([question for question, _ in PAIRS])) == Counter(question for question, _ in PAIRS)
+    column = datasets.Dataset.from_list(ROWS)["question"]
+    assert load(column) == load([question for question, _ in PAIRS])
 
 
 def test_streams_are_shuffled():
@@ -243,6 +273,65 @@ def test_builtin_prompts_take_turns():
 
 
 def test_loaded_prompts_pass_the_check():
-    check_prompts(load(ROWS, field="question", completion_field="answer"), 20)
+    loaded = load(ROWS, field="question", completion_field="answer")
+    assert check_prompts(loaded, 20) == loaded
+    assert check_prompts(builtin_prompts(3, 0), 3) == builtin_prompts(3, 0)
     with pytest.raises(ValueError, match="prompts: 20 given, the recipe needs 21"):
         check_prompts(load(PAIRS), 21)
+
+
+KINDS = {
+    "texts": (["a", "b\u2028c"], ["a", "b\u2028c"]),
+    "pairs": ([("a", "b"), ["c", "d"], ("e",), ("f", "")], [("a", "b"), ("c", "d"), "e", ("f", "")]),
+    "mappings": (
+        [{"prompt": "a"}, {"prompt": "b", "completion": "c"}, {"prompt": "d", "completion": None}, {"text": "e"}],
+        ["a", ("b", "c"), "d", "e"],
+    ),
+    "a mixture": (["a", ("b", "c"), {"prompt": "d", "more": 1}], ["a", ("b", "c"), "d"]),
+    "a data set": (datasets.Dataset.from_list([{"prompt": "a", "id": 1}, {"prompt": "b", "id": 2}]), ["a", "b"]),
+    "pairs of a data set": (datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}]), [("a", "b")]),
+    "a column": (datasets.Dataset.from_list(ROWS)["question"], [row["question"] for row in ROWS]),
+    "a tuple": (("a", "b"), ["a", "b"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_given_prompts_are_read_in_their_order(kind):
+    given, expected = KINDS[kind]
+    assert check_prompts(given, len(expected)) == expected
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "pairs"])
+def test_given_prompts_are_those_of_a_file_with_the_same_rows(kind, tmp_path):
+    given, expected = KINDS[kind]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(list(given)), encoding="utf-8")
+    assert Counter(load(path, len(expected))) == Counter(expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("a.jsonl", "prompts: a single string; valid: a list of prompts"),
+        (7, "prompts: int; valid: a list of strings, .* or a datasets.Dataset"),
+        ({"prompt": ["a"]}, "prompts: dict; valid: a list"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), "prompts: DatasetDict; valid: a list"),
+        (datasets.Dataset.from_list(ROWS).to_iterable_dataset(), "prompts: IterableDataset; valid: a list"),
+        ((text for text in "ab"), "prompts: generator; valid: a list"),
+        (["a", ""], r"prompts\[1\]: '' holds no text; valid: a string"),
+        (["a", {"prompt": None}], r"prompts\[1\]: \{'prompt': None\} holds no text"),
+        (["a", ("", "b")], r"prompts\[1\]: \('', 'b'\) holds no text"),
+        (["a", 7], r"prompts\[1\]: 7; valid: a string, \(prompt, completion\), or fields: 'prompt' and, if any"),
+        (["a", None], r"prompts\[1\]: None; valid"),
+        ([[{"role": "user", "content": "a"}]], r"prompts\[0\]: .*; valid: a string"),
+        ([{"prompt": 7}], r"prompts\[0\]: field 'prompt' holds int; valid: text"),
+        ([{"prompt": "a", "completion": 7}], r"prompts\[0\]: field 'completion' holds int; valid: text"),
+        (["a", ROWS[0]], r"prompts\[1\]: no field 'prompt'; set field to one of its fields: question, answer, id"),
+        (datasets.Dataset.from_list(ROWS), r"prompts\[0\]: no field 'prompt'; set field .* \(in load_prompts"),
+        ([{}], r"prompts\[0\]: no field 'prompt'"),
+        ([], "prompts: 0 given, the recipe needs 1"),
+    ],
+)
+def test_given_prompts_that_are_none(given, message):
+    with pytest.raises(ValueError, match=message):
+        check_prompts(given, 1)
