@@ -1,6 +1,6 @@
 """Calibration states: from prompts to the sequences, and the token weights, that the statistics are made of."""
 
-from dllmquant.calibration.cache import cache_directory, cached_trajectory, trajectory_key
+from dllmquant.calibration.cache import Recording, cache_directory, cached_trajectory, trajectory_key
 from dllmquant.calibration.collect import CalibrationStates, collect_states, prompts_needed
 from dllmquant.calibration.confidence import with_confidence
 from dllmquant.calibration.distributions import (
@@ -16,7 +16,7 @@ from dllmquant.calibration.distributions import (
     random_t_states,
     trajectory_states,
 )
-from dllmquant.calibration.prompts import Prompt, builtin_prompts, check_prompts, load_prompts
+from dllmquant.calibration.prompts import GivenPrompts, Prompt, builtin_prompts, check_prompts, load_prompts
 from dllmquant.calibration.weights import weigh_tokens
 
 __all__ = [
@@ -26,7 +26,9 @@ __all__ = [
     "Distribution",
     "DrawStates",
     "Drawn",
+    "GivenPrompts",
     "Prompt",
+    "Recording",
     "Request",
     "builtin_prompts",
     "cache_directory",

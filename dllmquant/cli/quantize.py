@@ -185,6 +185,8 @@ def _quantization_report(quantizer: "DLLMQuantizer", model: "PreTrainedModel", o
     if quantizer.states is not None:
         if quantizer.states.coverage is not None:
             lines.append(f"calibration states: {quantizer.states.coverage.summary()}")
+        if quantizer.states.cost is not None:
+            lines.append(f"calibration states took: {quantizer.states.cost.summary()}")
         lines += [f"note: {note}" for note in quantizer.states.notes]
     if quantizer.expert_tokens and recipe.calibration is not None:
         rounded = sum(report.fallback is not None for report in reports)

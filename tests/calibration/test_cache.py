@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dllmquant.calibration import (
+    Recording,
     Request,
     builtin_prompts,
     cache,
@@ -32,8 +33,9 @@ IDS = {"mask": 1, "pad": 2, "eos": 3, "eot": None}
 LAYER = "model.transformer.blocks.0.ff_out"
 
 
-def key(model=None, rows=ROWS, config=CONFIG, seed=0, **special_ids):
-    return trajectory_key(model or tiny_llada(), rows, config, seed=seed, special_ids=IDS | special_ids)
+def key(model=None, rows=ROWS, config=CONFIG, seed=0, batch_size=2, **special_ids):
+    options = {"seed": seed, "batch_size": batch_size, "special_ids": IDS | special_ids}
+    return trajectory_key(model or tiny_llada(), rows, config, **options)
 
 
 def packed(activation):
@@ -86,6 +88,7 @@ def keys_of_changes():
     yield "split", key(rows=[[5, 6], [7, 8, 9]])
     yield "fewer", key(rows=ROWS[:1])
     yield "seed", key(seed=1)
+    yield "batch size", key(batch_size=1)
     for name, value in (
         ("steps", 4),
         ("gen_length", 16),
@@ -129,10 +132,10 @@ def test_large_tensors_are_hashed_in_parts(monkeypatch):
 # files
 
 
-def trajectory(seed=0):
+def recording(seed=0):
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(2, 3, 5, generator=generator) < 0.5
-    return Trajectory(
+    trajectory = Trajectory(
         ids=torch.randint(0, 99, (2, 3, 5), generator=generator, dtype=torch.int32),
         mask=mask,
         confidence=torch.rand(2, 3, 5, generator=generator),
@@ -143,14 +146,13 @@ def trajectory(seed=0):
         gen_length=3,
         pad_token_id=7,
     )
+    return Recording(trajectory, 4 + seed)
 
 
 def same(a, b):
-    return all(
-        torch.equal(getattr(a, f.name), getattr(b, f.name))
-        if isinstance(getattr(a, f.name), torch.Tensor)
-        else getattr(a, f.name) == getattr(b, f.name)
-        for f in dataclasses.fields(Trajectory)
+    fields = [(getattr(a.trajectory, f.name), getattr(b.trajectory, f.name)) for f in dataclasses.fields(Trajectory)]
+    return a.forward_passes == b.forward_passes and all(
+        torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs for ours, theirs in fields
     )
 
 
@@ -160,11 +162,11 @@ def never():
 
 def test_round_trip(tmp_path):
     directory = tmp_path / "new" / "folder"
-    assert same(cached_trajectory(directory, "k", trajectory), trajectory())
+    assert same(cached_trajectory(directory, "k", recording), recording())
     assert [path.name for path in directory.iterdir()] == ["k.safetensors"]
-    assert same(cached_trajectory(directory, "k", never), trajectory())
-    assert same(cached_trajectory(directory, "other", lambda: trajectory(1)), trajectory(1))
-    assert not same(trajectory(), trajectory(1))
+    assert same(cached_trajectory(directory, "k", never), recording())
+    assert same(cached_trajectory(directory, "other", lambda: recording(1)), recording(1))
+    assert not same(recording(), recording(1))
 
 
 def truncate(path: Path) -> None:
@@ -188,12 +190,12 @@ def flip(path: Path) -> None:
 def forget(path: Path) -> None:
     tensors = load_file(path)
     del tensors["block"]
-    save_file(tensors, path, metadata={"format": "1"})
+    save_file(tensors, path, metadata={"format": "2"})
 
 
 def rename(path: Path) -> None:
     """Another recording under this name."""
-    cached_trajectory(path.parent, "other", lambda: trajectory(1))
+    cached_trajectory(path.parent, "other", lambda: recording(1))
     (path.parent / "other.safetensors").replace(path)
 
 
@@ -203,20 +205,20 @@ def anonymous(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncate, empty, garbage, flip, forget, rename, anonymous])
 def test_damaged_files_are_recorded_anew(damage, tmp_path, caplog):
-    cached_trajectory(tmp_path, "k", trajectory)
+    cached_trajectory(tmp_path, "k", recording)
     damage(tmp_path / "k.safetensors")
     with caplog.at_level(logging.WARNING):
-        assert same(cached_trajectory(tmp_path, "k", trajectory), trajectory())
+        assert same(cached_trajectory(tmp_path, "k", recording), recording())
     assert "k.safetensors is damaged" in caplog.text
     assert "recording anew" in caplog.text
-    assert same(cached_trajectory(tmp_path, "k", never), trajectory())
+    assert same(cached_trajectory(tmp_path, "k", never), recording())
 
 
 def test_other_layouts_are_recorded_anew(tmp_path, monkeypatch, caplog):
-    cached_trajectory(tmp_path, "k", trajectory)
-    monkeypatch.setattr(cache, "FORMAT_VERSION", 2)
-    assert same(cached_trajectory(tmp_path, "k", lambda: trajectory(1)), trajectory(1))
-    assert "format is '1', expected '2'" in caplog.text
+    cached_trajectory(tmp_path, "k", recording)
+    monkeypatch.setattr(cache, "FORMAT_VERSION", 3)
+    assert same(cached_trajectory(tmp_path, "k", lambda: recording(1)), recording(1))
+    assert "format is '2', expected '3'" in caplog.text
 
 
 def test_an_interrupted_recording_leaves_nothing(tmp_path):
@@ -236,11 +238,11 @@ def test_an_interrupted_write_leaves_no_half_file(error, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(cache, "save_file", half)
     if error is OSError:  # what was recorded is not lost
-        assert same(cached_trajectory(tmp_path, "k", trajectory), trajectory())
+        assert same(cached_trajectory(tmp_path, "k", recording), recording())
         assert "cannot be written (disk full); going on without" in caplog.text
     else:
         with pytest.raises(KeyboardInterrupt):
-            cached_trajectory(tmp_path, "k", trajectory)
+            cached_trajectory(tmp_path, "k", recording)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -273,15 +275,16 @@ def test_a_hit_runs_no_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr(model, "forward", forward)
     second = trajectory_states(model, tokenizer, prompts, request)
-    assert (second.cost.cached, second.cost.forward_passes, second.cost.prompts) == (True, 0, 4)
-    assert "trajectories from the cache" in second.cost.summary()
+    assert second.cost.cached
+    assert second.cost.counts() == first.cost.counts() == plain.cost.counts()
+    assert "; read from the cache in " in second.cost.summary()
     assert second.coverage == first.coverage == plain.coverage
     for name in first.batch.__dataclass_fields__:
         assert torch.equal(getattr(first.batch, name), getattr(second.batch, name))
         assert torch.equal(getattr(first.batch, name), getattr(plain.batch, name))
     # Another selection of the same recording is a hit; another recording is not.
     assert trajectory_states(model, tokenizer, prompts, dataclasses.replace(request, num_states=5)).cost.cached
-    for changes in ({"seed": 1}, {"sampler": {"steps": 4}}):
+    for changes in ({"seed": 1}, {"sampler": {"steps": 4}}, {"batch_size": 4}):
         with pytest.raises(AssertionError, match="the model was run"):
             trajectory_states(model, tokenizer, prompts, dataclasses.replace(request, **changes))
     with pytest.raises(AssertionError, match="the model was run"):

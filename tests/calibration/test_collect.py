@@ -80,6 +80,7 @@ def test_buckets_and_quotas_shape_the_coverage():
 def test_the_cache_is_used(tmp_path):
     first, second = (collect({"cache": str(tmp_path / "trajectories")}) for _ in range(2))
     assert (first.cost.cached, second.cost.cached) == (False, True)
+    assert first.cost.counts() == second.cost.counts()
     assert first.content_hash() == second.content_hash()
     assert list(tmp_path.glob("trajectories/*.safetensors"))
 
@@ -120,7 +121,8 @@ def test_cost_and_coverage_are_logged(caplog):
         states = collect()
     assert states.cost.summary() in caplog.text
     assert states.coverage.summary() in caplog.text
-    assert re.fullmatch(r"4 prompts, 16 forward passes, \d+\.\d s \(\d+\.\d prompts/s\)", states.cost.summary())
+    counts = r"4 prompts, 16 forward passes, 32 sequences, [\d,]+ tokens"
+    assert re.fullmatch(rf"{counts}; \d+\.\d s \(\d+\.\d prompts/s\)", states.cost.summary())
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -144,10 +146,37 @@ def test_states_made_by_hand_need_no_coverage():
 
 
 def test_cost():
-    cost = base.Cost(prompts=6, forward_passes=9, seconds=1.5)
+    cost = base.Cost(prompts=6, forward_passes=9, sequences=20, tokens=4000, seconds=1.5)
     assert cost.prompts_per_second == 4
-    assert cost.to_dict() == {"prompts": 6, "forward_passes": 9, "seconds": 1.5, "cached": False}
-    assert base.Cost(6, 0, 0.0).prompts_per_second == 0
+    counts = {"prompts": 6, "forward_passes": 9, "sequences": 20, "tokens": 4000}
+    assert cost.to_dict() == counts | {"seconds": 1.5, "cached": False}
+    assert cost.counts() == counts
+    assert cost.summary() == "6 prompts, 9 forward passes, 20 sequences, 4,000 tokens; 1.5 s (4.0 prompts/s)"
+    assert replace(cost, cached=True).summary().endswith("4,000 tokens; read from the cache in 1.5 s")
+    stored = base.Cost.from_counts(counts)
+    assert stored == replace(cost, seconds=None)
+    assert stored.summary() == "6 prompts, 9 forward passes, 20 sequences, 4,000 tokens"
+    assert stored.prompts_per_second == base.Cost(6, 0, 0, 0, 0.0).prompts_per_second == 0
+    both = cost + base.Cost(1, 2, 3, 4, 0.5, cached=True)
+    assert both == base.Cost(7, 11, 23, 4004, 2.0)
+    assert (cost + stored).seconds is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": -1}, "cost: tokens: -1; valid: an integer of at least 0"),
+        ({"tokens": 1.0}, "cost: tokens: 1.0; valid"),
+        ({"tokens": True}, "cost: tokens: True; valid"),
+        ({"seconds": 1}, "cost: .*; valid: a mapping of prompts, forward_passes, sequences, tokens"),
+    ],
+)
+def test_counts_that_are_malformed(changes, message):
+    counts = base.Cost(1, 2, 3, 4).counts()
+    with pytest.raises(ValueError, match=message):
+        base.Cost.from_counts(counts | changes)
+    with pytest.raises(ValueError, match=r"cost: .*; valid: a mapping"):
+        base.Cost.from_counts(list(counts))
 
 
 def test_segments_of_quota_zero_are_not_missed():

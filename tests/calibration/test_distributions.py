@@ -1,6 +1,7 @@
 """Distributions of states: a contract all keep, and each against its own definition."""
 
 import copy
+import dataclasses
 import itertools
 from fractions import Fraction
 
@@ -14,9 +15,17 @@ from dllmquant.core.grid import Grid
 from dllmquant.core.rtn import rtn
 from dllmquant.decoding import Trajectory
 from dllmquant.generation import generate_tokens
-from dllmquant.models import adapter_for
+from dllmquant.models import ModelAdapter, adapter_for
 from dllmquant.nn.linear import QuantLinear
-from tests.tiny import tiny_fast_dllm, tiny_llada, tiny_llada2, tiny_sdar, tiny_tokenizer
+from tests.tiny import (
+    tiny_diffusion_gemma,
+    tiny_dream,
+    tiny_fast_dllm,
+    tiny_llada,
+    tiny_llada2,
+    tiny_sdar,
+    tiny_tokenizer,
+)
 
 PAIRS = builtin_prompts(12, 0)
 REQUEST = Request(num_states=10, batch_size=4, seed=1)
@@ -90,6 +99,49 @@ def test_contract(name):
     assert drawn.cost.prompts == (10 if DISTRIBUTIONS[name].prompt_per_state else 12)
     assert drawn.cost.seconds > 0
     assert not drawn.cost.cached
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What models are shown: the attention mask of every call."""
+    masks = []
+
+    def watched(make):
+        def made(adapter, model):
+            function = make(adapter, model)
+
+            def called(ids, attention_mask, *more):
+                masks.append(attention_mask)
+                return function(ids, attention_mask, *more)
+
+            return called
+
+        return made
+
+    for name in ("denoiser", "refiner"):
+        monkeypatch.setattr(ModelAdapter, name, watched(getattr(ModelAdapter, name)))
+    return masks
+
+
+def same_cost(cost, shown):
+    counted = (len(shown), sum(map(len, shown)), sum(int(mask.sum()) for mask in shown))
+    return (cost.forward_passes, cost.sequences, cost.tokens) == counted
+
+
+@pytest.mark.parametrize("sampler", [{}, {"cfg_scale": 0.5}, {"threshold": 0.02}], ids=str)
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_cost_is_what_the_model_is_shown(name, sampler, shown):
+    request = dataclasses.replace(REQUEST, sampler=sampler)
+    cost = DISTRIBUTIONS[name].draw(coarse(tiny_llada()), tiny_tokenizer(), PAIRS, request).cost
+    assert same_cost(cost, shown)
+    assert (cost.tokens > 0) == (name != "clean")
+
+
+@pytest.mark.parametrize("build", [tiny_dream, tiny_sdar, tiny_diffusion_gemma])
+def test_cost_of_every_sampler(build, shown):
+    cost = trajectory.trajectory_states(build(), tiny_tokenizer(), PAIRS, REQUEST).cost
+    assert shown
+    assert same_cost(cost, shown)
 
 
 @pytest.mark.parametrize("name", ["trajectory", "random_t", "mcs"])

@@ -1,7 +1,7 @@
 """What every distribution of calibration states is asked for, and what it returns."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dllmquant.calibration.prompts import Prompt
 from dllmquant.core.coverage import Coverage
 from dllmquant.decoding import StateBatch
+
+_COUNTS = ("prompts", "forward_passes", "sequences", "tokens")
 
 
 @dataclass(frozen=True)
@@ -43,38 +45,67 @@ class Request:
 
 @dataclass(frozen=True)
 class Cost:
-    """What it took to make calibration states.
+    """What it takes to make calibration states.
 
     Attributes:
-        prompts: Prompts that were used.
-        forward_passes: Calls of the model, whatever their batch size; 0 when a recorded trajectory was reused.
-        seconds: Wall time.
-        cached: Whether a recorded trajectory was reused.
+        prompts: Prompts that are used.
+        forward_passes: Calls of the model, each on a batch. Where a recorded trajectory was reused, these and what
+            follows are those of its recording.
+        sequences: Sequences in these batches: a prompt that is decoded counts at every step, twice with guidance.
+        tokens: Tokens of these sequences, padding not.
+        seconds: Wall time in this process; None if it is not known, as from a checkpoint.
+        cached: Whether a recorded trajectory was reused, so that the model was not called in this process.
     """
 
     prompts: int
     forward_passes: int
-    seconds: float
+    sequences: int
+    tokens: int
+    seconds: float | None = None
     cached: bool = False
+
+    def __add__(self, other: "Cost") -> "Cost":
+        """The cost of both; the time where both are known."""
+        counts = {name: getattr(self, name) + getattr(other, name) for name in _COUNTS}
+        known = self.seconds is not None and other.seconds is not None
+        seconds = (self.seconds or 0.0) + (other.seconds or 0.0) if known else None
+        return replace(self, **counts, seconds=seconds, cached=self.cached and other.cached)
 
     @property
     def prompts_per_second(self) -> float:
         """Prompts over wall time; 0 when no time was measured."""
-        return self.prompts / self.seconds if self.seconds > 0 else 0.0
+        return self.prompts / self.seconds if self.seconds else 0.0
 
     def summary(self) -> str:
         """Returns the cost in one sentence."""
-        made = f"{self.forward_passes} forward passes" + (", trajectories from the cache" if self.cached else "")
-        return f"{self.prompts} prompts, {made}, {self.seconds:.1f} s ({self.prompts_per_second:.1f} prompts/s)"
+        counts = ", ".join(f"{getattr(self, name):,} {name.replace('_', ' ')}" for name in _COUNTS)
+        if self.seconds is None:
+            return counts
+        if self.cached:
+            return f"{counts}; read from the cache in {self.seconds:.1f} s"
+        return f"{counts}; {self.seconds:.1f} s ({self.prompts_per_second:.1f} prompts/s)"
 
-    def to_dict(self) -> dict[str, int | float | bool]:
+    def counts(self) -> dict[str, int]:
+        """Returns what the same recipe, seed and prompts repeat, whether or not there is a cache."""
+        return {name: getattr(self, name) for name in _COUNTS}
+
+    @classmethod
+    def from_counts(cls, document: Any) -> "Cost":
+        """Restores what `counts` returned.
+
+        Raises:
+            ValueError: A count is missing, unknown, or not an integer of at least 0.
+        """
+        if not isinstance(document, Mapping) or set(document) != set(_COUNTS):
+            raise ValueError(f"cost: {document!r}; valid: a mapping of {', '.join(_COUNTS)}")
+        for name, count in document.items():
+            if type(count) is not int or count < 0:
+                raise ValueError(f"cost: {name}: {count!r}; valid: an integer of at least 0")
+        return cls(**document)
+
+    def to_dict(self) -> dict[str, int | float | bool | None]:
         """Returns JSON-compatible values."""
-        return {
-            "prompts": self.prompts,
-            "forward_passes": self.forward_passes,
-            "seconds": self.seconds,
-            "cached": self.cached,
-        }
+        return {**self.counts(), "seconds": self.seconds, "cached": self.cached}
 
 
 @dataclass(frozen=True, eq=False)

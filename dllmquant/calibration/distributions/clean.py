@@ -47,4 +47,4 @@ def clean_states(
         buckets=request.mask_ratio_buckets,
     )
     batch = StateBatch(ids, keep, nothing, torch.zeros(ids.shape), nothing, none.long(), none)
-    return Drawn(batch, coverage, Cost(len(texts), 0, time.perf_counter() - start))
+    return Drawn(batch, coverage, Cost(len(texts), 0, 0, 0, time.perf_counter() - start))

@@ -102,7 +102,8 @@ def draw_masked_text(
         segments=segments,
         buckets=request.mask_ratio_buckets,
     )
-    return Drawn(batch, coverage, Cost(len(rows), passes, time.perf_counter() - start), coverage.notes())
+    cost = Cost(len(rows), passes, len(batch), int(keep.sum()), time.perf_counter() - start)
+    return Drawn(batch, coverage, cost, coverage.notes())
 
 
 def random_masks(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dllmquant.calibration.cache import cached_trajectory, trajectory_key
+from dllmquant.calibration.cache import Recording, cached_trajectory, trajectory_key
 from dllmquant.calibration.distributions.base import Cost, Drawn, Request
 from dllmquant.calibration.prompts import Prompt
 from dllmquant.core.coverage import measure_coverage
@@ -108,9 +108,13 @@ def record_trajectory(
     """
     start = time.perf_counter()
     texts = [prompt if isinstance(prompt, str) else prompt[0] for prompt in prompts]
-    passes: list[int] = []
+    adapter = adapter_for(model)
+    config = adapter.sampler_config(model.config, **request.sampler)
+    recorded = False
 
-    def record() -> Trajectory:
+    def record() -> Recording:
+        nonlocal recorded
+        recorded = True
         generation = generate_tokens(
             model,
             tokenizer,
@@ -121,19 +125,18 @@ def record_trajectory(
             progress=request.progress,
             **request.sampler,
         )
-        passes.append(generation.forward_passes)
         assert generation.trajectory is not None
-        return generation.trajectory
+        return Recording(generation.trajectory, generation.forward_passes)
 
     if request.cache is None:
-        trajectory = record()
+        recording = record()
     else:
-        adapter = adapter_for(model)
         key = trajectory_key(
             model,
             encode_prompts(tokenizer, texts),
-            adapter.sampler_config(model.config, **request.sampler),
+            config,
             seed=request.seed,
+            batch_size=request.batch_size,
             # Whatever else of model and tokenizer the sampler reads.
             special_ids={
                 "mask": None if adapter.mask_token_id is None else adapter.mask_id(model.config),
@@ -142,5 +145,16 @@ def record_trajectory(
                 "eot": None if adapter.eot_token is None else tokenizer.get_vocab().get(adapter.eot_token),
             },
         )
-        trajectory = cached_trajectory(request.cache, key, record)
-    return trajectory, Cost(len(texts), sum(passes), time.perf_counter() - start, cached=not passes)
+        recording = cached_trajectory(request.cache, key, record)
+    trajectory = recording.trajectory
+    calls = 2 if getattr(config, "cfg_scale", 0.0) > 0 else 1  # of the model, at every step
+    lengths = trajectory.prompt_lengths + trajectory.gen_length
+    cost = Cost(
+        prompts=len(texts),
+        forward_passes=recording.forward_passes,
+        sequences=calls * len(trajectory),
+        tokens=calls * int((trajectory.num_steps * lengths).sum()),
+        seconds=time.perf_counter() - start,
+        cached=not recorded,
+    )
+    return trajectory, cost
