@@ -27,6 +27,7 @@ from dllmquant.nn.buffers import FixedDtypeModule
 
 Kind = Literal["block", "permute", "hadamard"]
 
+_PROBE_ROWS = 8  # of inputs and of weights, on which a transform and its inverse must cancel
 _LARGEST_CONDITION = 2.0**16  # of the 24 bits of a float32 forward pass it leaves the 8 that bfloat16 has
 
 
@@ -169,6 +170,16 @@ class InputTransform(FixedDtypeModule):
         """
         self._check_width("weight", weight)
         return self._apply_steps(weight.double(), dual=True).to(_widened(weight))
+
+    def inverse_error(self) -> float:
+        """Returns how far (x T)(w T⁻ᵀ)ᵀ is from x wᵀ on a few random rows x and w, in float64, relative to x wᵀ."""
+        buffers = list(self.buffers())
+        device = buffers[0].device if buffers else torch.device("cpu")
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(2, _PROBE_ROWS, self.in_features, generator=generator, dtype=torch.float64)
+        x, w = rows.to(device)
+        exact = x @ w.T
+        return float((self(x) @ self.inverse_transpose_weight(w).T - exact).norm() / exact.norm())
 
     def transform_hessian(self, hessian: Tensor) -> Tensor:
         """Returns Tᵀ H T, the second moment of x T.

@@ -269,6 +269,28 @@ def test_bad_inputs_are_errors():
         empty.inverse_transpose_weight(torch.zeros(2, WIDTH))
 
 
+@pytest.mark.parametrize("steps", [(step,) for step in MIXED] + [MIXED], ids=str)
+def test_a_transform_and_its_inverse_cancel(steps):
+    assert random_transform(steps)[0].inverse_error() < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("steps", "target", "broken"),
+    [
+        ((TransformStep("block", 8),), "_inverse_transpose", lambda _name, blocks: torch.linalg.inv(blocks)),
+        (MIXED, "_inverse_transpose", lambda _name, blocks: blocks),
+        ((TransformStep("hadamard", 8),), "_factors", lambda size, dtype, _device: (torch.ones(8, 8, dtype=dtype),)),
+        ((TransformStep("hadamard", 2),), "_signs", lambda length, *_: 2 * torch.ones(length).double()),
+    ],
+    ids=["block", "mixed", "factors", "signs"],
+)
+def test_an_inverse_that_is_none_is_seen(steps, target, broken, monkeypatch):
+    steps = tuple(dataclasses.replace(step, seed=1) if step.kind == "hadamard" else step for step in steps)
+    transform, _ = random_transform(steps)
+    monkeypatch.setattr(f"dllmquant.nn.transform.{target}", broken)
+    assert transform.inverse_error() > 0.1
+
+
 def test_tensors_are_copied():
     blocks = torch.eye(8).repeat(3, 1, 1)
     transform = InputTransform.from_tensors(WIDTH, (TransformStep("block", 8),), (blocks,))
