@@ -1,8 +1,10 @@
 """Half-written, corrupt and foreign checkpoints are errors, never models."""
 
+import errno
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -69,39 +71,149 @@ write_atomically(Path(sys.argv[1]), write)
         AutoModel.from_pretrained(tmp_path / "out")
 
 
-def test_a_kill_while_files_move_in_leaves_no_checkpoint(tmp_path, monkeypatch):
-    model = tiny_llada()
-    model.save_pretrained(tmp_path / "out")
-    moved = []
+def write_files(names, text):
+    def write(staging):
+        for name in names:
+            path = staging / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
 
-    def failing(self, target):
-        moved.append(target.name)
-        raise OSError("disk gone")
+    return write
 
-    monkeypatch.setattr("pathlib.Path.replace", failing)
-    with pytest.raises(OSError, match="disk gone"):
-        model.save_pretrained(tmp_path / "out")
-    assert moved == ["model.safetensors"]
-    assert not (tmp_path / "out" / "config.json").exists()
+
+def contents(directory):
+    return {str(path.relative_to(directory)): path.read_text() for path in directory.rglob("*") if path.is_file()}
+
+
+def calls_of_replace(monkeypatch, act):
+    """Counts renames, and does something before each."""
+    replace, made = Path.replace, []
+
+    def watched(self, target):
+        made.append((Path(self), Path(target)))
+        act(len(made), Path(self), Path(target))
+        return replace(self, target)
+
+    monkeypatch.setattr("pathlib.Path.replace", watched)
+    return made
+
+
+OLD = ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "README.md", "part/a.py")
+NEW = ("config.json", "model.safetensors", "README.md", "part/b.py")
+RENAMES = 5 + 4  # of the old files and directories, of the new ones
+
+
+@pytest.mark.parametrize("failing", range(1, RENAMES + 1))
+@pytest.mark.parametrize("error", [OSError("disk gone"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_where_the_new_files_cannot_move_in_the_old_ones_stay(error, failing, tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    write_atomically(target, write_files((*OLD, "notes.txt"), "old"))
+    before = contents(target)
+
+    def fail(call, _source, _target):
+        if call == failing:
+            raise error
+
+    calls_of_replace(monkeypatch, fail)
+    with pytest.raises(type(error)) as raised:
+        write_atomically(target, write_files(NEW, "new"))
+    complete = {path: text for path, text in contents(target).items() if path not in before}
+    assert {path: text for path, text in contents(target).items() if path in before} == before
+    if isinstance(error, OSError):  # what took hours to compute is not thrown away
+        (kept,) = target.glob(".dllmquant-partial-*/new")
+        assert f"its old files stay, the new ones, complete, are in {kept}: disk gone" in str(raised.value)
+        assert contents(kept) == dict.fromkeys(NEW, "new")
+        assert len(complete) == len(NEW)
+    else:
+        assert complete == {}
+
+
+def test_where_nothing_moves_any_more_everything_is_still_there(tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    write_atomically(target, write_files(OLD, "old"))
+
+    def fail(call, _source, _target):
+        if call > 7:
+            raise OSError("disk gone")
+
+    calls_of_replace(monkeypatch, fail)
+    with pytest.raises(OSError, match="neither could the new files move in"):
+        write_atomically(target, write_files(NEW, "new"))
+    assert not (target / "config.json").exists()
+    assert sorted(contents(target).values()) == ["new"] * len(NEW) + ["old"] * len(OLD)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from dllmquant.checkpoint import write_atomically
+replace, calls = Path.replace, []
+def killed(self, target):
+    calls.append(self)
+    if len(calls) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(self, target)
+def write(staging):
+    for name in sys.argv[3:]:
+        (staging / name).parent.mkdir(exist_ok=True)
+        (staging / name).write_text("new")
+Path.replace = killed
+write_atomically(Path(sys.argv[1]), write)
+"""
+
+
+def test_a_kill_while_files_move_in_leaves_no_checkpoint(tmp_path):
+    target = tmp_path / "out"
+    write_atomically(target, write_files(OLD, "old"))
+    command = [sys.executable, "-c", KILLED, str(target), str(RENAMES - 1), *NEW]
+    done = subprocess.run(command, check=False)
+    assert done.returncode == -9
+    assert not (target / "config.json").exists()
+    assert sorted(contents(target).values()) == ["new"] * len(NEW) + ["old"] * len(OLD)
+    write_atomically(target, write_files(NEW, "newer"))
+    assert contents(target) == dict.fromkeys(NEW, "newer")
 
 
 def test_config_moves_last(tmp_path, monkeypatch):
-    moved = []
-    replace = Path.replace
-
-    def watched(self, target):
-        moved.append(target.name)
-        return replace(self, target)
-
-    def write(staging):
-        for name in ("config.json", "a.json", "model.safetensors", "zzz.json"):
-            (staging / name).write_text("{}")
-
-    monkeypatch.setattr("pathlib.Path.replace", watched)
-    write_atomically(tmp_path / "out", write)
-    assert sorted(moved) == ["a.json", "config.json", "model.safetensors", "zzz.json"]
-    assert moved[-1] == "config.json"
+    moved = calls_of_replace(monkeypatch, lambda *_: None)
+    names = ("config.json", "a.json", "model.safetensors", "zzz.json")
+    write_atomically(tmp_path / "out", write_files(names, "{}"))
+    assert sorted(target.name for _, target in moved) == sorted(names)
+    assert moved[-1][1] == tmp_path / "out" / "config.json"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_config_moves_aside_first(tmp_path, monkeypatch):
+    write_atomically(tmp_path, write_files(OLD, "old"))
+    moved = calls_of_replace(monkeypatch, lambda *_: None)
+    write_atomically(tmp_path, write_files(NEW, "new"))
+    assert len(moved) == RENAMES
+    assert moved[0][0] == tmp_path / "config.json"
+    assert contents(tmp_path) == dict.fromkeys(NEW, "new")
+
+
+def test_a_mount_point_is_written_without_leaving_it(tmp_path, monkeypatch):
+    """Renames across the target's border fail, as between file systems, and beside the target nothing can be made."""
+    target, mkdtemp = tmp_path / "mounted", tempfile.mkdtemp
+    target.mkdir()
+
+    def within(*, prefix, dir):
+        if Path(dir).resolve() != target.resolve():
+            raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+        return mkdtemp(prefix=prefix, dir=dir)
+
+    def cross(_call, source, goal):
+        if not (source.is_relative_to(target) and goal.is_relative_to(target)):
+            raise OSError(errno.EXDEV, "Invalid cross-device link", str(source))
+
+    monkeypatch.setattr("tempfile.mkdtemp", within)
+    calls_of_replace(monkeypatch, cross)
+    model = tiny_llada()
+    for options in ({"max_shard_size": "20KB"}, {}):
+        model.save_pretrained(target, **options)
+        AutoModel.from_pretrained(target)
+    assert [path.name for path in target.glob(".*")] == []
+    assert [path.name for path in target.glob("model*")] == ["model.safetensors"]
 
 
 def test_saving_over_a_sharded_checkpoint_leaves_no_stale_weights(tmp_path):
