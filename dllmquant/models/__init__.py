@@ -5,6 +5,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoTokenizer,
     DiffusionGemmaConfig,
     DiffusionGemmaForBlockDiffusion,
 )
@@ -17,7 +18,7 @@ from dllmquant.models.adapters import (
     registered_adapters,
 )
 from dllmquant.models.diffusion_gemma.adapter import ADAPTER as _DIFFUSION_GEMMA
-from dllmquant.models.dream import DreamConfig, DreamModel
+from dllmquant.models.dream import DreamConfig, DreamModel, DreamTokenizer
 from dllmquant.models.dream.adapter import ADAPTER as _DREAM
 from dllmquant.models.fast_dllm import Fast_dLLM_QwenForCausalLM, FastDLLMConfig
 from dllmquant.models.fast_dllm.adapter import ADAPTER as _FAST_DLLM
@@ -34,6 +35,7 @@ from dllmquant.models.sdar.adapter import MOE_ADAPTER as _SDAR_MOE
 __all__ = [
     "DreamConfig",
     "DreamModel",
+    "DreamTokenizer",
     "FastDLLMConfig",
     "Fast_dLLM_QwenForCausalLM",
     "LLaDA2MoeConfig",
@@ -67,6 +69,7 @@ for _config, _model in (
     AutoModel.register(_config, _model, exist_ok=True)
     AutoModelForMaskedLM.register(_config, _model, exist_ok=True)
     AutoModelForCausalLM.register(_config, _model, exist_ok=True)  # not causal, but what LLaDA's checkpoints map too
+AutoTokenizer.register(DreamConfig, DreamTokenizer, exist_ok=True)
 AutoModel.register(DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, exist_ok=True)  # theirs has no head
 for _adapter in (_LLADA, _DREAM, _LLADA_MOE, _LLADA2, _SDAR, _SDAR_MOE, _FAST_DLLM, _DIFFUSION_GEMMA):
     register_adapter(_adapter, replace=True)

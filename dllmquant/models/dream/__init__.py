@@ -1,6 +1,7 @@
-"""Dream and DiffuCoder: configuration, modelling code and quantization adapter."""
+"""Dream and DiffuCoder: configuration, tokenizer, modelling code and quantization adapter."""
 
 from dllmquant.models.dream.configuration import DreamConfig
 from dllmquant.models.dream.modeling import DreamModel
+from dllmquant.models.dream.tokenization import DreamTokenizer
 
-__all__ = ["DreamConfig", "DreamModel"]
+__all__ = ["DreamConfig", "DreamModel", "DreamTokenizer"]
