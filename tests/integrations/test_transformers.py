@@ -13,8 +13,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 from dllmquant import DLLMQuantizer
 from dllmquant.checkpoint import weight_bytes
 from dllmquant.models import LLaDAModelLM
+from dllmquant.models.diffusion_gemma.joint import denoise
 from dllmquant.nn.linear import QuantLinear
-from tests.tiny import tiny_llada, tiny_tokenizer
+from tests.models.test_end_to_end import shrunk
+from tests.tiny import tiny_diffusion_gemma, tiny_llada, tiny_tokenizer
 
 # Everything a checkpoint can hold: mixed widths, transforms with and without tensors, quantized attention, biases.
 RICH = {
@@ -239,3 +241,75 @@ def test_fresh_processes_get_the_model_or_an_error(setup, auto, message, model, 
         assert "from_pretrained" in done.stderr
         assert message in done.stderr.splitlines()[-1] or message in done.stderr
         assert "AssertionError" not in done.stderr
+
+
+# transformers knows DiffusionGemma by itself. Its experts are stored under other names than the fused ones it asks for.
+EXPERTS_ONLY = shrunk("rtn-w4a16") | {"skip": ["*.self_attn.*", "*.mlp.*"]}
+TWO_CLASSES = """
+import sys
+import torch
+{setup}
+from transformers import AutoModel, DiffusionGemmaForBlockDiffusion
+
+torch.set_num_threads(1)
+if {setup!r}:
+    from dllmquant.models.diffusion_gemma.joint import denoise
+    ids, expected = torch.load(sys.argv[1])
+for directory in sys.argv[2:]:
+    for cls in (AutoModel, DiffusionGemmaForBlockDiffusion):
+        try:
+            model = cls.from_pretrained(directory)
+        except RuntimeError as error:
+            print("refused", error)
+        else:
+            with torch.no_grad():
+                print("loaded", {setup!r} and torch.equal(denoise(model, ids, ids >= 0), expected[directory]))
+"""
+
+
+@pytest.mark.parametrize("setup", ["import dllmquant", ""], ids=["imported", "not imported"])
+def test_fresh_processes_never_get_random_experts(setup, tmp_path):
+    directories, expected, ids = [], {}, torch.arange(2, 22)[None]
+    for name, recipe in (("experts", EXPERTS_ONLY), ("whole", shrunk("rtn-w4a16"))):
+        model = DLLMQuantizer(recipe).quantize(tiny_diffusion_gemma(), progress=False)
+        packed = [path for path, module in model.named_modules() if isinstance(module, QuantLinear)]
+        assert all(".experts." in path for path in packed) == (name == "experts")
+        directories.append(str(tmp_path / name))
+        model.save_pretrained(directories[-1], max_shard_size="8KB")
+        with torch.no_grad():
+            expected[directories[-1]] = denoise(model, ids, ids >= 0)
+    torch.save((ids, expected), tmp_path / "expected.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_CLASSES.format(setup=setup), str(tmp_path / "expected.pt"), *directories],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    answers = [line for line in done.stdout.splitlines() if line.startswith(("loaded", "refused"))]
+    if setup:
+        assert answers == ["loaded True"] * 4
+    else:
+        assert len(answers) == 4
+        assert all(answer.startswith("refused") and "ignore_mismatched_sizes" in answer for answer in answers)
+
+
+def test_checkpoints_without_placeholders_for_experts_still_load(tmp_path):
+    """Those of earlier versions; saved again they have them."""
+    model, ids = DLLMQuantizer(EXPERTS_ONLY).quantize(tiny_diffusion_gemma(), progress=False), torch.arange(2, 22)[None]
+    for directory in ("new", "old"):
+        model.save_pretrained(tmp_path / directory)
+    stored = tensors(tmp_path / "old")
+    placeholders = [
+        f"model.decoder.layers.{i}.experts.{name}" for i in range(2) for name in ("gate_up_proj", "down_proj")
+    ]
+    assert [stored.pop(name).tolist() for name in placeholders] == [[0]] * 4
+    save_file(stored, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
+    loaded, info = AutoModel.from_pretrained(tmp_path / "old", output_loading_info=True)
+    assert not any(info.values())
+    with torch.no_grad():
+        assert torch.equal(denoise(loaded, ids, ids >= 0), denoise(model, ids, ids >= 0))
+    loaded.save_pretrained(tmp_path / "again")
+    name = "model.safetensors"
+    assert files(tmp_path / "again")[name] == files(tmp_path / "new")[name]

@@ -5,8 +5,13 @@ layers is tied to the decoder's. Tensors can be tied, packed layers cannot: `arr
 the decoder's modules instead. Afterwards state dicts hold each weight of the layers once, under the decoder's name, and
 whatever replaces a module of the decoder replaces it for the encoder too. What is computed stays the same; only
 transformers' record of the encoder's router scores (`output_router_logits`) is lost.
+
+transformers loads its own model even where it knows nothing of dllmquant, and takes weights it misses at random, with a
+warning. So an arranged model also has tensors of one element under the names of the fused weights: in a checkpoint,
+their shape does not fit, which is an error.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,6 +22,7 @@ from dllmquant.models.experts import RoutedExperts
 
 ENCODER_LAYERS = "model.encoder.language_model.layers"
 DECODER_LAYERS = "model.decoder.layers"
+FUSED = ("gate_up_proj", "down_proj")
 
 
 class GatedExpert(nn.Module):
@@ -40,6 +46,20 @@ class GatedExpert(nn.Module):
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         out: Tensor = self.down_proj(self.act_fn(gate) * up)
         return out
+
+
+class UnfusedExperts(RoutedExperts):
+    """The experts of a layer, with a placeholder under the name of each fused weight."""
+
+    def __init__(self, experts: Iterable[nn.Module], device: torch.device) -> None:
+        super().__init__(experts)
+        for name in FUSED:
+            self.register_buffer(name, torch.zeros(1, dtype=torch.uint8, device=device))
+
+    def reset_placeholders(self) -> None:
+        """Gives placeholders their value, which they do not have where a checkpoint did not hold them."""
+        for name in FUSED:
+            self.get_buffer(name).zero_()
 
 
 class Shared(nn.Module):
@@ -74,22 +94,28 @@ def arrange(model: nn.Module) -> None:
         )
     layers = (model.get_submodule(path) for path in (ENCODER_LAYERS, DECODER_LAYERS))
     for encoder, decoder in zip(*(layer.children() for layer in layers), strict=True):
-        if not isinstance(decoder.experts, RoutedExperts):
+        if not isinstance(decoder.experts, UnfusedExperts):
             decoder.experts = _unfused(decoder.get_submodule("experts"))
             for path in ("", "self_attn"):
                 borrower, owner = encoder.get_submodule(path), decoder.get_submodule(path)
                 for name, _ in list(borrower.named_children()):
                     if name != "self_attn":
                         setattr(borrower, name, Shared(owner, name))
+        else:
+            decoder.experts.reset_placeholders()
     _forget_ties(model)
+    # Checkpoints of earlier versions do not hold the placeholders.
+    missing = {rf"experts\.({'|'.join(FUSED)})$"}
+    model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *missing}
 
 
 @torch.no_grad()
-def _unfused(experts: nn.Module) -> RoutedExperts:
+def _unfused(experts: nn.Module) -> UnfusedExperts:
     """Returns the experts of fused weights [experts, out, in]."""
-    gate_up, down = (experts.get_parameter(name) for name in ("gate_up_proj", "down_proj"))
+    gate_up, down = (experts.get_parameter(name) for name in FUSED)
     act_fn = experts.get_submodule("act_fn")
-    return RoutedExperts(GatedExpert(*weights, act_fn) for weights in zip(gate_up, down, strict=True))
+    unfused = (GatedExpert(*weights, act_fn) for weights in zip(gate_up, down, strict=True))
+    return UnfusedExperts(unfused, gate_up.device)
 
 
 def _linear(weight: Tensor) -> nn.Linear:
