@@ -6,6 +6,7 @@ subclass of its class, of the same name, which differs in `save_pretrained` and 
 
 import ast
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
@@ -19,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from dllmquant._version import __version__
 from dllmquant.atomic import write_atomically
 from dllmquant.integrations.model_card import is_generated, model_card
+from dllmquant.models.base import save_options
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +36,10 @@ class QuantizedSaving:
 
     def save_pretrained(
         self,
-        save_directory: str | Path,
-        *,
+        save_directory: str | os.PathLike[str],
+        *args: Any,
         evaluation: Evaluation | None = None,
-        push_to_hub: bool = False,
-        **options: Any,
+        **kwargs: Any,
     ) -> None:
         """Writes a checkpoint with its model card; an interrupted write is never read.
 
@@ -46,15 +47,18 @@ class QuantizedSaving:
 
         Args:
             save_directory: Target directory; weights of an earlier checkpoint in it are replaced.
+            *args: As for `PreTrainedModel.save_pretrained`.
             evaluation: Results for the model card: task -> metric -> number.
-            push_to_hub: Whether to upload the checkpoint as well; see `push_to_hub`.
-            **options: As for the `save_pretrained` of the model's own class.
+            **kwargs: As for the `save_pretrained` of the model's own class. With `push_to_hub=True` the checkpoint is
+                uploaded as well, with the options of `push_to_hub`.
 
         Raises:
             ValueError: A result is not a number.
             OSError: The target is a file or cannot be written.
         """
         model, target = cast("PreTrainedModel", self), Path(save_directory)
+        options = save_options(model, save_directory, *args, **kwargs)
+        push_to_hub = options.pop("push_to_hub", False)
         hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options} if push_to_hub else {}
         save = super().save_pretrained  # type: ignore[misc] # of the model's own class
         if options.get("is_main_process", True):

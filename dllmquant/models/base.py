@@ -1,11 +1,14 @@
 """What all native families share as transformers models: weights that fit exactly, and checkpoints written whole."""
 
+import inspect
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dllmquant.atomic import write_atomically
 
@@ -60,18 +63,45 @@ class NativeModel(PreTrainedModel):
             )
         return (model, info) if wants_info else model
 
-    def save_pretrained(  # type: ignore[override] # everything but the directory is passed through by name
-        self, save_directory: str | os.PathLike[str], **kwargs: Any
-    ) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Writes a checkpoint as `PreTrainedModel.save_pretrained` does, but an interrupted write is never read.
+
+        A published configuration names the files of the original code in its `auto_map`. They are not written beside
+        our weights, so it is left out, unless the model itself is remote code.
 
         Args:
             save_directory: Target directory; weights of an earlier checkpoint in it are replaced.
+            *args: As for `PreTrainedModel.save_pretrained`.
             **kwargs: As for `PreTrainedModel.save_pretrained`. With `is_main_process=False` nothing is written.
         """
-        if not kwargs.get("is_main_process", True):
+        options = save_options(self, save_directory, *args, **kwargs)
+        if not options.get("is_main_process", True):
             return  # the main process writes the directory whole
         target, save = Path(save_directory), super().save_pretrained
-        if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", target.name)
-        write_atomically(target, lambda staging: save(staging, **kwargs))
+        if options.get("push_to_hub"):
+            options.setdefault("repo_id", target.name)
+        with nullcontext() if self.is_remote_code() else _without_auto_map(self.config):
+            write_atomically(target, lambda staging: save(staging, **options))
+
+
+def save_options(
+    model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+) -> dict[str, Any]:
+    """Returns the arguments of a call of `PreTrainedModel.save_pretrained` by name, all but the directory.
+
+    Raises:
+        TypeError: It does not take them.
+    """
+    bound = inspect.signature(PreTrainedModel.save_pretrained).bind(model, save_directory, *args, **kwargs).arguments
+    named: dict[str, Any] = bound.pop("kwargs", {})
+    return {name: value for name, value in bound.items() if name not in ("self", "save_directory")} | named
+
+
+@contextmanager
+def _without_auto_map(config: PretrainedConfig) -> Iterator[None]:
+    auto_map = config.__dict__.pop("auto_map", None)
+    try:
+        yield
+    finally:
+        if auto_map is not None:
+            config.auto_map = auto_map

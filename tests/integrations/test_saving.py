@@ -87,6 +87,44 @@ def test_other_processes_write_nothing_of_ours(tmp_path):
     assert not (tmp_path / "out" / "README.md").exists()
 
 
+def test_arguments_may_have_no_names(hub, tmp_path):
+    """As transformers has them: is_main_process, state_dict, push_to_hub, max_shard_size."""
+    plain, model = tiny_llada(), quantized()
+    for each, directory in ((plain, tmp_path / "plain"), (model, tmp_path / "quantized")):
+        each.save_pretrained(directory, False)
+        assert not list(directory.glob("*.safetensors"))
+        each.save_pretrained(directory, True, None, False, "10KB")
+        assert len(list(directory.glob("*.safetensors"))) > 1
+        assert torch.equal(logits(AutoModel.from_pretrained(directory)), logits(each))
+        with pytest.raises(TypeError, match="multiple values for argument 'is_main_process'"):
+            each.save_pretrained(directory, True, is_main_process=True)
+    plain.save_pretrained(str(tmp_path / "other"), True, tiny_llada(seed=1).state_dict())
+    assert torch.equal(logits(AutoModel.from_pretrained(tmp_path / "other")), logits(tiny_llada(seed=1)))
+    assert hub.calls == []
+    model.save_pretrained(tmp_path / "quantized", True, None, True)
+    assert hub.calls[-1][0] == "upload_folder"
+
+
+PUBLISHED_MAP = {
+    "AutoConfig": "configuration_llada.LLaDAConfig",
+    "AutoModel": "someone/llada--modeling_llada.LLaDAModelLM",
+}
+
+
+@pytest.mark.parametrize("make", [tiny_llada, quantized], ids=["plain", "quantized"])
+def test_code_that_is_not_there_is_not_named(make, tmp_path):
+    tiny_llada().save_pretrained(tmp_path / "published")
+    document = json.loads((tmp_path / "published" / "config.json").read_text())
+    (tmp_path / "published" / "config.json").write_text(json.dumps(document | {"auto_map": PUBLISHED_MAP}))
+    model = AutoModel.from_pretrained(tmp_path / "published")
+    if make is quantized:
+        DLLMQuantizer(RTN).quantize(model, progress=False)
+    model.save_pretrained(tmp_path / "ours")
+    assert "auto_map" not in json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert model.config.auto_map == PUBLISHED_MAP, "saving changes no model"
+    assert torch.equal(logits(AutoModel.from_pretrained(tmp_path / "ours")), logits(model))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Uploads
 
@@ -287,6 +325,7 @@ def test_remote_code_imports_the_plugin(tmp_path):
     (source / "config.json").write_text(json.dumps({"model_type": "toy_dllm", "auto_map": auto_map}))
     done = run(QUANTIZE, source, out, expected, modules=tmp_path / "modules")
     assert done.returncode == 0, done.stderr
+    assert json.loads((out / "config.json").read_text())["auto_map"] == auto_map
     card = (out / "README.md").read_text()
     assert "AutoModel.from_pretrained(path, trust_remote_code=True)" in card
     assert "dllmquant.generate" not in card
