@@ -162,20 +162,12 @@ class AttentionQuantizer(FixedDtypeModule):
         """
         inputs = AttentionInputs.of_call(*args, **kwargs)
         scheme, dtype = self.scheme, inputs.query.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        query, key = inputs.query, inputs.key
-        if scheme.query_key_bits is not None:
-            query, key = query.to(wide), key.to(wide)
-            if scheme.rotate_query_key:
-                rotation = _rotation(query.shape[-1]).to(query)
-                query, key = query @ rotation, key @ rotation
-            dynamic = ActivationScheme(scheme.query_key_bits, None, symmetric=False)
-            query, key = quantize_activation(query, dynamic), quantize_activation(key, dynamic)
         heads = inputs.query.shape[1]
         if self.probs_scale is not None and len(self.probs_scale) != heads:
             raise ValueError(f"query: {heads} heads; valid: {len(self.probs_scale)}, as calibrated")
         outputs = []
-        for chunk in replace(inputs, query=query, key=key, value=self._rounded_values(inputs.value)).probabilities():
+        rounded = round_query_key(inputs, scheme.query_key_bits, rotate=scheme.rotate_query_key)
+        for chunk in replace(rounded, value=self._rounded_values(inputs.value)).probabilities():
             probabilities = chunk.probabilities
             if scheme.probs_bits is not None:
                 if self.probs_scale is None:
@@ -206,6 +198,26 @@ class AttentionQuantizer(FixedDtypeModule):
     def extra_repr(self) -> str:
         """Describes the quantizer in one line."""
         return str(self.scheme)
+
+
+def round_query_key(inputs: AttentionInputs, bits: int | None, *, rotate: bool) -> AttentionInputs:
+    """Returns a call's inputs with queries and keys as quantized attention has them: rotated if asked for, rounded.
+
+    Args:
+        inputs: The inputs.
+        bits: Bits of queries and keys; None leaves them alone.
+        rotate: Whether a Hadamard matrix rotates them first.
+    """
+    if bits is None:
+        return inputs
+    wide = torch.promote_types(inputs.query.dtype, torch.float32)
+    query, key = inputs.query.to(wide), inputs.key.to(wide)
+    if rotate:
+        rotation = _rotation(query.shape[-1]).to(query)
+        query, key = query @ rotation, key @ rotation
+    dynamic = ActivationScheme(bits, None, symmetric=False)
+    query, key = quantize_activation(query, dynamic), quantize_activation(key, dynamic)
+    return replace(inputs, query=query, key=key)
 
 
 @functools.cache
