@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dllmquant.models.experts import mixtures, routed_to
+from dllmquant.models.inference import inference
 
 
 class StopForward(Exception):
@@ -32,7 +33,8 @@ class BlockCall:
 
     def run(self, block: nn.Module) -> Tensor:
         """Runs a block on this call and returns the residual stream that leaves it."""
-        output = block(self.hidden, *self.args, **self.kwargs)
+        with inference(block, [block]):
+            output = block(self.hidden, *self.args, **self.kwargs)
         result = output[0] if isinstance(output, tuple) else output
         assert isinstance(result, Tensor)
         return result
@@ -158,7 +160,7 @@ def output_of(block: nn.Module, module: nn.Module, call: BlockCall) -> Tensor:
 
 def first_calls(
     model: nn.Module,
-    first_block: nn.Module,
+    blocks: Sequence[nn.Module] | nn.ModuleList,
     denoise: Callable[[Tensor, Tensor], object],
     ids: Tensor,
     attention_mask: Tensor,
@@ -167,8 +169,8 @@ def first_calls(
     """Runs the model up to its first block, batch by batch.
 
     Args:
-        model: The model; used in the error message only.
-        first_block: Its first transformer block.
+        model: The model.
+        blocks: Its transformer blocks.
         denoise: Runs the model on ids and attention mask.
         ids: int64 [states, length].
         attention_mask: bool [states, length].
@@ -180,22 +182,24 @@ def first_calls(
     return [
         capture_block_call(
             model,
-            first_block,
+            blocks,
             functools.partial(denoise, ids[start : start + batch_size], attention_mask[start : start + batch_size]),
         )
         for start in range(0, len(ids), batch_size)
     ]
 
 
-def capture_block_call(model: nn.Module, first_block: nn.Module, run: Callable[[], object]) -> BlockCall:
+def capture_block_call(
+    model: nn.Module, blocks: Sequence[nn.Module] | nn.ModuleList, run: Callable[[], object]
+) -> BlockCall:
     """Runs the model up to its first block and returns how that block was called.
 
     A model may run its blocks to find out what enters them (self-conditioning). It gives them `preliminary=True` then;
     these calls go through.
 
     Args:
-        model: The model; used in the error message only.
-        first_block: Its first transformer block.
+        model: The model.
+        blocks: Its transformer blocks.
         run: Runs the model on one batch.
 
     Raises:
@@ -213,9 +217,10 @@ def capture_block_call(model: nn.Module, first_block: nn.Module, run: Callable[[
         calls.append(BlockCall(args[0].detach(), tuple(args[1:]), dict(kwargs)))
         raise StopForward
 
-    handle = first_block.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        run()
+        with inference(model, blocks):
+            run()
     except StopForward:
         return calls[0]
     finally:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dllmquant.decoding import Generation, UniformNoiseSamplerConfig, sample, sample_canvases
 from dllmquant.models import adapter_for
+from dllmquant.models.inference import inference
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
@@ -95,9 +96,7 @@ def generate_from_ids(
         raise ValueError("tokenizer: it has no EOS token, so generations have no end")
     pad = tokenizer.pad_token_id
     device = next(model.get_submodule(adapter.embedding).parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
+    with inference(model, adapter.block_list(model)):
         if isinstance(config, UniformNoiseSamplerConfig):
             return sample_canvases(
                 adapter.refiner(model),
@@ -128,8 +127,6 @@ def generate_from_ids(
             record=record,
             progress=progress,
         )
-    finally:
-        model.train(was_training)
 
 
 def _fitting(config: UniformNoiseSamplerConfig, model: PreTrainedModel) -> UniformNoiseSamplerConfig:

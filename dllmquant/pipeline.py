@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from dllmquant.attention_fit import fit_attention
+from dllmquant.attention_fit import AttentionReport, fit_attention
 from dllmquant.calibration import CalibrationStates
 from dllmquant.capture import BlockCall, first_calls, inputs_of
 from dllmquant.core.allocate import allocate_group_bits
@@ -79,7 +79,7 @@ def quantize_blocks(
     *,
     batch_size: int = 32,
     progress: bool = True,
-) -> list[LayerReport]:
+) -> tuple[list[LayerReport], list[AttentionReport]]:
     """Quantizes the planned layers in place, block by block.
 
     Later blocks, and later stages inside a block, see the inputs the already quantized layers produce. Only one
@@ -101,29 +101,34 @@ def quantize_blocks(
         progress: Whether to show a progress bar.
 
     Returns:
-        One report per quantized layer, in execution order.
+        One report per quantized layer, and one per block whose attention was fitted, both in execution order.
 
     Raises:
         ValueError: A solver fails on a layer; the message names it.
     """
     blocks, device = adapter.block_list(model), model.device
     calls: list[BlockCall] = []
+    real: list[Tensor] = []
     if states is not None:
         ids, keep = states.batch.ids.to(device), states.batch.attention_mask.to(device)
-        calls = first_calls(model, blocks[0], adapter.denoiser(model), ids, keep, batch_size)
+        real = list(keep.split(batch_size))
+        calls = first_calls(model, blocks, adapter.denoiser(model), ids, keep, batch_size)
     full_calls = list(calls) if recipe.weights.solver in _TWO_PATHS else []
     reports: list[LayerReport] = []
+    attention_reports: list[AttentionReport] = []
     with tqdm(total=len(plan.modules), desc="quantizing", unit="layer", disable=not progress) as bar:
         for index, (block, stages) in enumerate(zip(blocks, plan.stages, strict=True)):
+            name = f"{adapter.blocks}.{index}"
             weights: list[Tensor] = []
             if states is not None:
                 weights = list(preparation.token_weights[index].to(device).split(batch_size))
             original = copy.deepcopy(block) if full_calls else None
             with _restored_on_failure(model, block, [names for stage in stages for names in stage]):
                 attention = recipe.attention  # until it is installed
+                fitted = None
                 for stage in stages:
-                    if attention is not None and _reads_attention(adapter, block, f"{adapter.blocks}.{index}.", stage):
-                        fit_attention(model, block, adapter, attention, calls, weights)
+                    if attention is not None and _reads_attention(adapter, block, f"{name}.", stage):
+                        fitted = fit_attention(model, name, adapter, attention, calls, weights, real)
                         attention = None
                     groups = [_Group(model, block, names, plan, recipe, preparation) for names in stage]
                     statistics = _statistics(groups, calls, weights, original, full_calls)
@@ -131,11 +136,13 @@ def quantize_blocks(
                         reports += group.solve(known)
                         bar.update(len(group.names))
                 if attention is not None:  # whatever reads the attention is skipped
-                    fit_attention(model, block, adapter, attention, calls, weights)
+                    fitted = fit_attention(model, name, adapter, attention, calls, weights, real)
+            if fitted is not None:
+                attention_reports.append(fitted)
             calls = [call.following(block) for call in calls]
             if original is not None:
                 full_calls = [call.following(original) for call in full_calls]
-    return reports
+    return reports, attention_reports
 
 
 @contextmanager
@@ -248,11 +255,11 @@ class _Group:
         return reports
 
     def _uniform_grid(self) -> Grid:
-        """Returns the grid of a layer that is not solved: within the mean width, where widths are mixed."""
+        """Returns the grid of a layer that is not solved: of one width, within the mean where widths are mixed."""
         mixed = self.settings.mixed
         if mixed is None:
             return self.plan.grid
-        return replace(self.plan.grid, bits=max(2, *(bits for bits in mixed.choices if bits <= mixed.mean)))
+        return replace(self.plan.grid, bits=max(bits for bits in mixed.choices if bits <= mixed.mean))
 
     def _fallback(self, statistics: InputStatistics | None) -> str | None:
         """Says why the layers cannot be solved, which only happens to experts; None if they can."""

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from dllmquant.core.grid import Grid
+from dllmquant.core.hadamard import largest_hadamard_block
 from dllmquant.models import ModelAdapter
 from dllmquant.nn.activation import ActivationScheme
 from dllmquant.recipe import Recipe, RecipeError
-from dllmquant.settings import InputTransformSettings
+from dllmquant.settings import IAAQ, DuQuant, Hadamard, InputTransformSettings
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def make_plan(model: nn.Module, adapter: ModelAdapter, recipe: Recipe) -> Plan:
     Raises:
         ValueError: The adapter does not fit the model, or a weight holds NaN or infinity.
         RecipeError: A `skip` pattern or a transform's site matches nothing, everything is skipped, a group or block
-            size does not divide a layer's input width, or the adapter does not say what a setting needs.
+            size does not divide a layer's input width, there is no Hadamard matrix where one is asked for, bits are
+            asked for by heads that a transform mixes, or the adapter does not say what a setting needs.
     """
     adapter.validate(model)
     linears = {name: module for name, module in adapter.linears(model) if isinstance(module, nn.Linear)}
@@ -80,13 +82,11 @@ def make_plan(model: nn.Module, adapter: ModelAdapter, recipe: Recipe) -> Plan:
         if name not in skipped:
             _check_layer(name, linear, recipe)
     for name, transform in transforms.items():
-        size = transform.block_size
-        if size is not None and linears[name].in_features % size:
-            raise RecipeError(
-                f"transforms: {transform.kind}.block_size {size} does not divide the {linears[name].in_features} input "
-                f"channels of {name}; use a divisor, or restrict the transform's sites"
-            )
+        _check_transform(name, linears[name], transform)
     _check_adapter(adapter, recipe)
+    if any(isinstance(transform, IAAQ) for transform in recipe.transforms):
+        _check_scaled(adapter.block_list(model)[0], adapter, blocks[0], transforms)
+    _check_heads(model, adapter, recipe, linears, transforms)
     return Plan(tuple(blocks), grid, scheme, transforms)
 
 
@@ -114,8 +114,8 @@ def _check_adapter(adapter: ModelAdapter, recipe: Recipe) -> None:
     """Checks that the adapter names what the recipe's transforms and attention settings touch."""
     needs: dict[str, list[str]] = {}
     for transform in recipe.transforms:
-        if transform.kind == "smoothquant":
-            needs["transform 'smoothquant'"] = ["scale_pairs"]
+        if transform.kind in ("smoothquant", "iaaq"):
+            needs[f"transform {transform.kind!r}"] = ["scale_pairs"]
         elif transform.kind == "awq":
             needs["transform 'awq'"] = ["scale_pairs"] + ["residual_outputs"] * (transform.objective == "sub_block")
         elif transform.kind == "quarot":
@@ -131,6 +131,63 @@ def _check_adapter(adapter: ModelAdapter, recipe: Recipe) -> None:
             raise RecipeError(f"{what}: adapter {adapter.model_type!r} does not name {', '.join(missing)}")
 
 
+def _check_scaled(
+    block: nn.Module,
+    adapter: ModelAdapter,
+    stages: tuple[tuple[tuple[str, ...], ...], ...],
+    transforms: dict[str, InputTransformSettings],
+) -> None:
+    """Checks that IA-AQ's input scales find an input that is rotated and whose producer can be scaled."""
+    readers = {name for _, consumers in adapter.scalable(block) for name in consumers}
+    groups = (group for stage in stages for group in stage if isinstance(transforms.get(group[0]), Hadamard))
+    rotated = {name.removeprefix(f"{adapter.blocks}.0.") for group in groups for name in group}
+    if not rotated & readers:
+        raise RecipeError(
+            f"transforms: 'iaaq': what a 'hadamard' rotates ({', '.join(sorted(rotated)) or 'nothing'}) has no "
+            f"producer that can be scaled; valid: hadamard.sites at the input of {', '.join(sorted(readers))}"
+        )
+
+
+def _check_heads(
+    model: nn.Module,
+    adapter: ModelAdapter,
+    recipe: Recipe,
+    linears: dict[str, nn.Linear],
+    transforms: dict[str, InputTransformSettings],
+) -> None:
+    """Checks what depends on how wide the heads of the attention are."""
+    rotates = recipe.attention is not None and recipe.attention.rotate_query_key
+    allocation = None if recipe.activations is None else recipe.activations.allocation
+    by_head = allocation is not None and allocation.heads
+    if not rotates and not by_head:
+        return
+    assert adapter.heads is not None
+    assert adapter.value_output is not None
+    heads, output = getattr(model.config, adapter.heads[0]), "." + adapter.value_output[1]
+    for name, linear in linears.items():
+        if not name.endswith(output):
+            continue
+        width = linear.in_features // heads
+        if rotates and largest_hadamard_block(width) != width:
+            raise RecipeError(
+                f"attention.rotate_query_key: true, but the heads of {name} have {width} channels, and no Hadamard "
+                "matrix of that order can be built; valid: false"
+            )
+        block = _mixed_channels(transforms[name], linear) if name in transforms else 1
+        if by_head and width % block:
+            raise RecipeError(
+                f"activations.allocation.heads: true, but transform {transforms[name].kind!r} at {name} mixes {block} "
+                f"channels, and heads have {width}; valid: false, blocks that divide a head, or other sites"
+            )
+
+
+def _mixed_channels(transform: InputTransformSettings, linear: nn.Linear) -> int:
+    """Returns how many channels of an input a transform mixes with each other."""
+    if isinstance(transform, DuQuant):
+        return linear.in_features  # its permutation deals the channels to all blocks
+    return transform.block_size or largest_hadamard_block(linear.in_features)
+
+
 def _skipped(recipe: Recipe, names: list[str]) -> set[str]:
     """Returns the layers the recipe leaves in 16 bits."""
     skipped: set[str] = set()
@@ -142,6 +199,28 @@ def _skipped(recipe: Recipe, names: list[str]) -> set[str]:
     if len(skipped) == len(names):
         raise RecipeError("skip: every quantizable layer is skipped; nothing would be quantized")
     return skipped
+
+
+def _check_transform(name: str, linear: nn.Linear, transform: InputTransformSettings) -> None:
+    """Checks that a transform's blocks fit a layer's input, and that there is a Hadamard matrix of their order."""
+    size, where = transform.block_size, f"input channels of {name}"
+    if size is not None and linear.in_features % size:
+        raise RecipeError(
+            f"transforms: {transform.kind}.block_size {size} does not divide the {linear.in_features} {where}; use a "
+            "divisor, or restrict the transform's sites"
+        )
+    if isinstance(transform, DuQuant):
+        return  # its rotations are of any order
+    if size is not None and largest_hadamard_block(size) != size:
+        raise RecipeError(
+            f"transforms: {transform.kind}.block_size {size}: no Hadamard matrix of that order can be built; valid for "
+            f"the {where}: {largest_hadamard_block(size)}, for example"
+        )
+    if size is None and largest_hadamard_block(linear.in_features) == 1:
+        raise RecipeError(
+            f"transforms: {transform.kind}: no Hadamard matrix can be built whose order divides the "
+            f"{linear.in_features} {where}; restrict the transform's sites"
+        )
 
 
 def _check_layer(name: str, linear: nn.Linear, recipe: Recipe) -> None:

@@ -9,17 +9,18 @@ from typing import Any
 class Preset:
     """How a published study measured a family of tasks; by default, settings that change nothing.
 
+    How many solved examples stand before a problem is lm-eval's option, which a model does not see; the documentation
+    lists the studies' numbers.
+
     Attributes:
         source: The study.
         tasks: What it measured this way, by the names of lm-eval's tasks.
-        num_fewshot: Solved examples before every problem.
         sampler: Fields of `SamplerConfig` for tasks that generate; empty for tasks scored by likelihood.
         mc_num: Masks drawn per target for tasks scored by likelihood; not used by tasks that generate.
     """
 
     source: str = ""
     tasks: tuple[str, ...] = ()
-    num_fewshot: int = 0
     sampler: Mapping[str, Any] = field(default_factory=dict)
     mc_num: int = 128
 
@@ -40,12 +41,12 @@ def _decoding(gen_length: int, block_length: int) -> dict[str, Any]:
 
 
 PRESETS: Mapping[str, Preset] = {
-    "qdlm-qa": Preset(_QDLM, ("hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge"), 0),
-    "qdlm-mmlu": Preset(_QDLM, ("mmlu",), 5, mc_num=1),
-    "qdlm-gsm8k": Preset(_QDLM, ("gsm8k",), 4, _decoding(256, 32)),
-    "qdlm-math": Preset(_QDLM, ("minerva_math",), 0, _decoding(256, 64)),
-    "qdlm-humaneval": Preset(_QDLM, ("humaneval",), 0, _decoding(512, 32)),
-    "qdlm-mbpp": Preset(_QDLM, ("mbpp",), 3, _decoding(512, 32)),
+    "qdlm-qa": Preset(_QDLM, ("hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge")),
+    "qdlm-mmlu": Preset(_QDLM, ("mmlu",), mc_num=1),
+    "qdlm-gsm8k": Preset(_QDLM, ("gsm8k",), _decoding(256, 32)),
+    "qdlm-math": Preset(_QDLM, ("minerva_math",), _decoding(256, 64)),
+    "qdlm-humaneval": Preset(_QDLM, ("humaneval",), _decoding(512, 32)),
+    "qdlm-mbpp": Preset(_QDLM, ("mbpp",), _decoding(512, 32)),
 }
 
 

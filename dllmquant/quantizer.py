@@ -1,8 +1,8 @@
 """`DLLMQuantizer`: a recipe applied to a model, in the shape Optimum gives quantizers."""
 
+import inspect
 import logging
 import re
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -12,8 +12,10 @@ from optimum.quantization_base import OptimumQuantizer
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dllmquant._version import __version__
+from dllmquant.attention_fit import AttentionReport
 from dllmquant.calibration import (
     CalibrationStates,
+    GivenPrompts,
     Prompt,
     builtin_prompts,
     check_prompts,
@@ -27,7 +29,7 @@ from dllmquant.integrations.transformers import (
     describe_attention,
     describe_layer,
 )
-from dllmquant.job import Job, left_untouched_on_failure
+from dllmquant.job import Job
 from dllmquant.models import ModelAdapter, adapter_for
 from dllmquant.models.experts import mixtures
 from dllmquant.nn.attention import installed
@@ -38,6 +40,10 @@ from dllmquant.preparation import SiteBits
 from dllmquant.recipe import Recipe
 
 logger = logging.getLogger(__name__)
+
+# Options of `from_pretrained` that say where files come from, and those of them that are about one repository.
+_HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
+_REPOSITORY_OPTIONS = ("revision", "code_revision", "subfolder", "trust_remote_code")
 
 
 class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
@@ -53,6 +59,7 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
     Attributes:
         recipe: The resolved recipe.
         reports: After `quantize`: one `LayerReport` per packed layer, in execution order.
+        attention_reports: After `quantize`: one `AttentionReport` per block whose attention was fitted to states.
         states: After `quantize`: the calibration states, or None for data-free recipes.
         expert_tokens: After `quantize`: how many calibration tokens each expert of a mixture model read.
         allocation: After `quantize`: the activation bits IA-AQ gave each site; empty if it was not asked.
@@ -69,6 +76,7 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         """
         self.recipe = Recipe.load(recipe)
         self.reports: list[LayerReport] = []
+        self.attention_reports: list[AttentionReport] = []
         self.expert_tokens: ExpertTokens = {}
         self.states: CalibrationStates | None = None
         self.allocation: tuple[SiteBits, ...] = ()
@@ -91,6 +99,8 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
             file_name: Must be None; part of Optimum's signature.
             recipe: As for `DLLMQuantizer`.
             **load_options: As for `AutoModel.from_pretrained`, such as `dtype` or `device_map`; for a path or hub id.
+                Those that say where files come from, such as `revision`, `token`, `cache_dir` and `trust_remote_code`,
+                count for the tokenizer too.
 
         Raises:
             RecipeError: The recipe is not valid.
@@ -117,11 +127,12 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         *,
         model: PreTrainedModel | str | Path | None = None,
         tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
-        prompts: Sequence[Prompt] | None = None,
+        prompts: "GivenPrompts | None" = None,
         states: CalibrationStates | None = None,
         seed: int | None = None,
         save_dir: str | Path | None = None,
         progress: bool = True,
+        **unknown: Any,
     ) -> PreTrainedModel:
         """Quantizes a model **in place** and returns it: no second copy is made.
 
@@ -129,21 +140,28 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         bound this quantizer to a model. `model=` and `save_dir=` say the same by name.
 
         If anything fails before the first block is solved, the model is left as it was. Transforms that are folded into
-        the weights would break that promise, so recipes that have them write the weights to a temporary file first.
+        the weights would break that promise, so recipes that have them write the weights to a temporary file first;
+        the second pass of closed-loop recipes starts from it too. A failure between the passes also leaves the model as
+        it was.
 
         Args:
             model_or_save_dir: `model`, or `save_dir` of a quantizer that is bound to a model.
-            file_prefix: Must be None; part of Optimum's signature.
+            file_prefix: Must be None; part of Optimum's signature. Checkpoint files are named as transformers names
+                them, so that it finds them.
             model: The 16- or 32-bit model, or the path or hub id of one; None if `from_pretrained` was given it.
-            tokenizer: Its tokenizer, or the path or hub id of one; None loads the one saved with the model.
-            prompts: Calibration prompts, or (prompt, completion) pairs, in your own domain; None uses built-in
-                word problems, programs and stories.
+            tokenizer: Its tokenizer, or the path or hub id of one; None loads the one saved with the model. A model
+                without one is an error only if the recipe reads prompts.
+            prompts: Calibration prompts in your own domain: a list of texts, (prompt, completion) pairs or mappings
+                with the fields "prompt" and, if any, "completion" (or one field alone), as prompt files have them; or
+                a `datasets.Dataset` of such rows. The first ones are used; `load_prompts` draws at random, and reads
+                other fields. None uses built-in word problems, programs and stories.
             states: Calibration states made before by a quantizer with the same calibration settings, such as its
                 `states`; None makes them. Token weights are computed anew. Closed-loop recipes use them in the
                 first pass.
             seed: Replaces the recipe's seed.
             save_dir: Where to save model and tokenizer; None saves nothing.
             progress: Whether to show progress bars.
+            **unknown: Must be empty: an argument of another name is an error that lists the valid ones.
 
         Returns:
             The same model object, its linear layers packed; `save_pretrained` writes a checkpoint that
@@ -151,11 +169,18 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
 
         Raises:
             RecipeError: The recipe does not fit the model.
-            ValueError: Model or directory are given twice, or no model is; the model is not a known diffusion LLM, is
-                quantized already or holds NaN; there are too few prompts; or a solver failed.
+            ValueError: An argument is unknown; model or directory are given twice, or no model is; the model is not a
+                known diffusion LLM, is quantized already or holds NaN; there are too few prompts, or one is not as
+                above (the message names its index); or a solver failed.
         """
+        if unknown:
+            known = [name for name in inspect.signature(self.quantize).parameters if name != "unknown"]
+            raise ValueError(f"quantize: unknown arguments {', '.join(unknown)}; valid: {', '.join(known[1:])}")
         if file_prefix is not None:
-            raise ValueError(f"file_prefix={file_prefix!r}: transformers names checkpoint files; leave it None")
+            raise ValueError(
+                f"file_prefix={file_prefix!r}: checkpoint files are named as transformers names them "
+                "(model.safetensors); valid: None"
+            )
         source, save_dir = self._source_and_directory(model_or_save_dir, model, save_dir)
         target = self._loaded(source)
         adapter, plan = self._checked(target)
@@ -166,20 +191,19 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         needs_prompts = recipe.calibration is not None and (
             states is None or recipe.calibration.states == "closed_loop"
         )
-        if needs_prompts or save_dir is not None:
-            tokenizer = _tokenizer(tokenizer, target)
+        if needs_prompts or (save_dir is not None and tokenizer is not None):
+            tokenizer = self._tokenizer(tokenizer, target)
             if needs_prompts:
                 job.source = tokenizer, self._prompts(prompts, recipe, target)
 
         was_training = target.training
         target.eval()
         try:
-            with left_untouched_on_failure(target, recipe):
-                job.run(states)
+            job.run(states)
         finally:
             target.train(was_training)
         self.reports, self.states, self.allocation = job.reports, job.states, job.allocation
-        self.expert_tokens = job.expert_tokens
+        self.attention_reports, self.expert_tokens = job.attention_reports, job.expert_tokens
         _attach_config(job)
         if save_dir is not None:
             self.save(target, save_dir, tokenizer=tokenizer)
@@ -225,7 +249,7 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
             raise ValueError("model: it is not quantized by dllmquant; valid: a model that quantize returned")
         found = None
         try:
-            found = _tokenizer(tokenizer, model)
+            found = self._tokenizer(tokenizer, model)
         except ValueError as error:
             if tokenizer is not None:
                 raise
@@ -274,7 +298,7 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         return self._model, save_dir if first is None else first
 
     @staticmethod
-    def _prompts(prompts: Sequence[Prompt] | None, recipe: Recipe, model: PreTrainedModel) -> Sequence[Prompt]:
+    def _prompts(prompts: "GivenPrompts | None", recipe: Recipe, model: PreTrainedModel) -> list[Prompt]:
         """Returns the calibration prompts after checking them."""
         assert recipe.calibration is not None
         needed = prompts_needed(recipe.calibration)
@@ -282,8 +306,24 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
             logger.info("no calibration prompts given: using built-in word problems, programs and stories")
             growth = recipe.calibration.max_growth if mixtures(model) else 1
             prompts = builtin_prompts(needed * growth, recipe.seed)
-        check_prompts(prompts, needed)
-        return prompts
+        return check_prompts(prompts, needed)
+
+    def _tokenizer(
+        self, given: PreTrainedTokenizerBase | str | Path | None, model: PreTrainedModel
+    ) -> PreTrainedTokenizerBase:
+        """Returns the given tokenizer, loaded if it is a path or hub id, or else the one saved with the model."""
+        if given is not None and not isinstance(given, str | Path):
+            return given
+        path = model.config._name_or_path if given is None else str(given)
+        if not path:
+            raise ValueError("tokenizer: the model was not loaded from a checkpoint; pass tokenizer=")
+        names = _HUB_OPTIONS + (_REPOSITORY_OPTIONS if path == self._model else ())
+        options = {name: self._load_options[name] for name in names if name in self._load_options}
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **options)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"tokenizer: none can be loaded from {path!r}; pass tokenizer= ({error})") from error
+        return tokenizer
 
     def _loaded(self, source: PreTrainedModel | str | Path) -> PreTrainedModel:
         if isinstance(source, PreTrainedModel):
@@ -301,20 +341,6 @@ class DLLMQuantizer(OptimumQuantizer):  # type: ignore[misc]
         if adapter.arrange is not None:
             adapter.arrange(model)
         return adapter, make_plan(model, adapter, self.recipe)
-
-
-def _tokenizer(given: PreTrainedTokenizerBase | str | Path | None, model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    """Returns the given tokenizer, loaded if it is a path or hub id, or else the one saved with the model."""
-    if given is not None and not isinstance(given, str | Path):
-        return given
-    path = model.config._name_or_path if given is None else str(given)
-    if not path:
-        raise ValueError("tokenizer: the model was not loaded from a checkpoint; pass tokenizer=")
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer: none can be loaded from {path!r}; pass tokenizer= ({error})") from error
-    return tokenizer
 
 
 def _hub_id(model: PreTrainedModel) -> str | None:
@@ -337,6 +363,8 @@ def _attach_config(job: Job) -> None:
         states_hash=None if states is None else states.content_hash(),
         attention={name: describe_attention(found) for name, found in attention.items() if found is not None},
         coverage=None if states is None or states.coverage is None else states.coverage.to_dict(),
+        cost=None if states is None or states.cost is None else states.cost.counts(),
+        attention_reports=[asdict(report) for report in job.attention_reports],
         allocation=[asdict(entry) for entry in job.allocation],
         expert_tokens=job.expert_tokens,
         base_model=_hub_id(model),

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dllmquant.settings import (
     AWQ,
+    IAAQ,
     WUSH,
     ActivationSettings,
     AllocationSettings,
@@ -80,8 +81,15 @@ class Recipe(Section):
                 f"token_weights.kind: {self.token_weights.kind!r} weighs mask states, which calibration.states 'clean' "
                 "does not have; valid: 'uniform', 'interaction', or other states"
             )
+        if self.calibration is not None:
+            self._states_and_weights_have_an_effect(self.calibration)
         if self.weights.inputs == "quantized" and self.activations is None:
             raise ValueError("weights.inputs: 'quantized', but activations is null; valid: 'exact', or set activations")
+        self._transforms_fit_together()
+        return self
+
+    def _transforms_fit_together(self) -> None:
+        """Refuses transforms in an order, or of inputs, that leaves one of them without its meaning."""
         claimed: set[str] = set()
         for transform in self.transforms:
             if isinstance(transform, InputTransformSettings):
@@ -93,10 +101,51 @@ class Recipe(Section):
                 claimed |= sites
             elif claimed or (isinstance(transform, QuaRot) and transform is not self.transforms[0]):
                 raise ValueError(
-                    f"transforms: {transform.kind!r} comes too late; valid order: quarot, smoothquant or awq, then "
-                    "input transforms (hadamard, duquant, wush)"
+                    f"transforms: {transform.kind!r} comes too late; valid order: quarot, smoothquant, awq or iaaq, "
+                    "then input transforms (hadamard, duquant, wush)"
                 )
-        return self
+        kinds = [transform.kind for transform in self.transforms]
+        if "iaaq" in kinds and "hadamard" not in kinds:
+            raise ValueError("transforms: 'iaaq' scales inputs that a 'hadamard' rotates; add one, or use 'awq'")
+
+    def _states_and_weights_have_an_effect(self, calibration: CalibrationSettings) -> None:
+        """Refuses states that a setting sees nothing in, and token weights that nothing reads."""
+        kind, allocation = self.token_weights.kind, None if self.activations is None else self.activations.allocation
+        if kind == "cgq_text" and calibration.states in ("random_t", "mcs"):
+            raise ValueError(
+                f"token_weights.kind: 'cgq_text', but calibration.states {calibration.states!r} end with the text, so "
+                "that it would be plain 'cgq'; valid: 'cgq', or states 'trajectory' or 'closed_loop'"
+            )
+        if calibration.states == "clean" and allocation is not None and allocation.objective == "logits":
+            raise ValueError(
+                "activations.allocation.objective: 'logits' measures masked positions, which calibration.states "
+                "'clean' does not have; valid: 'output', or other states"
+            )
+        if kind != "uniform" and not self._reads_token_weights():
+            readers = "weights.solver 'gptq', 'gptaq' or 'qronos', weights.clip 'awq', transform 'awq' or 'wush'"
+            if kind != "interaction":
+                readers += " or 'iaaq', activations.allocation"
+            raise ValueError(
+                f"token_weights.kind: {kind!r}, but nothing in this recipe reads token weights; valid: 'uniform', or "
+                f"with one of {readers}, attention.search"
+            )
+
+    def _reads_token_weights(self) -> bool:
+        """Whether the result depends on the token weights."""
+        if self.weights.solver != "rtn" or self.weights.clip == "awq":
+            return True
+        if self.attention is not None and self.attention.weighs_tokens:
+            return True
+        if any(isinstance(transform, AWQ | WUSH) for transform in self.transforms):
+            return True
+        interacts = self.token_weights.kind == "interaction"  # by which some weigh tokens in any case
+        if not interacts and self.activations is not None and self.activations.allocation is not None:
+            return True
+        if any(isinstance(t, IAAQ) and not (interacts and t.interaction) for t in self.transforms):
+            return True
+        # These read ranges and samples, of the tokens that count at all.
+        ranges = any(isinstance(transform, SmoothQuant | DuQuant) for transform in self.transforms)
+        return ranges and self.token_weights.leaves_out_tokens
 
     def _states_users(self) -> list[str]:
         """Names the settings that need calibration states, the token weights only if something else does."""
@@ -109,17 +158,26 @@ class Recipe(Section):
             users.append("activations.allocation")
         if self.attention is not None and self.attention.needs_states:
             users.append("attention")
-        users += [f"transform {t.kind!r}" for t in self.transforms if isinstance(t, SmoothQuant | AWQ | DuQuant | WUSH)]
+        fitted = SmoothQuant | AWQ | IAAQ | DuQuant | WUSH
+        users += [f"transform {t.kind!r}" for t in self.transforms if isinstance(t, fitted)]
         if self.token_weights.kind != "uniform" and self.calibration is None:
             users.append(f"token_weights.kind {self.token_weights.kind!r}")
         return users
 
     @property
-    def protocol(self) -> Literal["weights", "linear", "linear+av"]:
-        """What is quantized at run time: weights only, linear inputs too, or softmax output and values as well."""
+    def protocol(self) -> str:
+        """What is quantized at run time, by its parts.
+
+        "weights" (weights only) or "linear" (the inputs of linear layers too); then what the attention quantizes:
+        "+av" the softmax output and the values, "+a" or "+v" one of them alone, "+qk" queries and keys. So "linear",
+        "linear+av", "weights+v" or "linear+av+qk".
+        """
+        parts = ["weights" if self.activations is None else "linear"]
         if self.attention is not None:
-            return "linear+av"
-        return "weights" if self.activations is None else "linear"
+            bits = {"a": self.attention.probs_bits, "v": self.attention.value_bits}
+            parts.append("".join(name for name in bits if bits[name] is not None))
+            parts.append("" if self.attention.query_key_bits is None else "qk")
+        return "+".join(filter(None, parts))
 
     @classmethod
     def load(cls, source: "Recipe | str | Path | dict[str, Any]") -> "Recipe":
@@ -183,7 +241,7 @@ class Recipe(Section):
         if self.token_weights.kind != "uniform":
             parts.append(f"{self.token_weights.kind} token weights")
         if self.attention is not None:
-            parts.append("attention quantized (linear+av)")
+            parts.append(f"attention quantized ({self.protocol})")
         return ", ".join(parts)
 
 
@@ -230,7 +288,7 @@ _SECTIONS = (
 )
 _TRANSFORMS: dict[str, type[BaseModel]] = {
     kind.model_fields["kind"].annotation.__args__[0]: kind  # type: ignore[union-attr]
-    for kind in (SmoothQuant, AWQ, QuaRot, Hadamard, DuQuant, WUSH)
+    for kind in (SmoothQuant, AWQ, IAAQ, QuaRot, Hadamard, DuQuant, WUSH)
 }
 
 

@@ -133,7 +133,7 @@ class ActivationSettings(Section):
 
 
 class AttentionSettings(Section):
-    """Quantization inside the attention (the `linear+av` protocol): softmax output and values, optionally queries/keys.
+    """Quantization inside the attention: softmax output and values (the protocol `linear+av`), queries and keys.
 
     Attributes:
         probs_bits: Bits of the softmax output; None keeps it.
@@ -166,12 +166,26 @@ class AttentionSettings(Section):
         for name, others in (("probs_grid", "'uniform', 'log2', 'log_sqrt2'"), ("probs_range", "'fixed', 'row'")):
             if getattr(self, name) == "search" and not self.search:
                 raise ValueError(f"{name}: 'search' needs search: true; valid without it: {others}")
+        if self.rotate_query_key and self.query_key_bits is None:
+            raise ValueError(
+                "rotate_query_key: true has no effect without query_key_bits; valid: false, or query_key_bits 4 or 8"
+            )
         return self
 
     @property
     def needs_states(self) -> bool:
         """Whether anything is fitted on calibration states."""
-        return self.search or (self.value_bits is not None and self.value_granularity != "token")
+        return self.search or self._has_static_values
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether what is fitted depends on how much tokens count: anything searched, and not the largest of a row."""
+        searches_probs = self.probs_bits is not None and (self.probs_grid == "search" or self.probs_range != "row")
+        return self.search and (searches_probs or self._has_static_values)
+
+    @property
+    def _has_static_values(self) -> bool:
+        return self.value_bits is not None and self.value_granularity != "token"
 
 
 class CalibrationSettings(Section):
@@ -240,6 +254,13 @@ class TokenWeightSettings(Section):
     frontier: float = Field(default=1.0, ge=0)
     reliability: float = Field(default=0.5, ge=0)
 
+    @property
+    def leaves_out_tokens(self) -> bool:
+        """Whether tokens that are not masked may have weight 0, so that nothing sees them."""
+        if self.kind == "frontier":
+            return self.context == 0
+        return self.kind in ("cgq", "cgq_text") and self.unmasked_base == 0 and self.decoded_confidence == "zero"
+
 
 class SmoothQuant(Section):
     """SmoothQuant: moves activation ranges into the weights, s = absmax(x)^alpha / absmax(W)^(1-alpha).
@@ -268,6 +289,18 @@ class AWQ(Section):
     grid_points: int = Field(default=20, ge=2)
     objective: Literal["sub_block", "layer"] = "sub_block"
     duo_scaling: bool = False
+
+
+class IAAQ(Section):
+    """IA-AQ's input scales: channel scales, in closed form, of every input that a `hadamard` of the recipe rotates.
+
+    Attributes:
+        kind: "iaaq".
+        interaction: Whether a token counts by the attention it receives, beside its token weight.
+    """
+
+    kind: Literal["iaaq"]
+    interaction: bool = True
 
 
 class QuaRot(Section):
@@ -332,6 +365,6 @@ class WUSH(Section):
     damping: float = Field(default=0.01, gt=0, le=1)
 
 
-FoldedTransforms = QuaRot | SmoothQuant | AWQ
+FoldedTransforms = QuaRot | SmoothQuant | AWQ | IAAQ
 InputTransformSettings = Hadamard | DuQuant | WUSH
-Transform = Annotated[SmoothQuant | AWQ | QuaRot | Hadamard | DuQuant | WUSH, Field(discriminator="kind")]
+Transform = Annotated[SmoothQuant | AWQ | IAAQ | QuaRot | Hadamard | DuQuant | WUSH, Field(discriminator="kind")]

@@ -22,6 +22,7 @@ class Mutant:
 
 
 E = "tests/test_experts.py"
+P = "tests/test_preparation.py"
 
 MUTANTS = [
     Mutant("feedback-sign", "core/gptq", "w[:, q + 1 : end] -= ", "w[:, q + 1 : end] += "),
@@ -221,8 +222,8 @@ MUTANTS = [
     Mutant(
         "mean-abs-not-a-mean",
         "core/stats",
-        "InputMagnitudes(absmax, total / weight)",
-        "InputMagnitudes(absmax, total)",
+        "InputMagnitudes(absmax, total / weight, squares / weight)",
+        "InputMagnitudes(absmax, total, squares / weight)",
     ),
     Mutant(
         "cross-state-is-shared",
@@ -351,6 +352,25 @@ MUTANTS = [
         "square().sum(dtype=torch.float64)",
     ),
     Mutant("site-merge-forgets-signal", "core/iaaq", "self._signal += other._signal.to(self._signal)", "pass"),
+    Mutant(
+        "range-without-unweighted-tokens",
+        "attention_fit",
+        "zip(rows.inputs(), rows.real, strict=True)",
+        "zip(rows.inputs(), [w > 0 for w in rows.weights], strict=True)",
+    ),
+    Mutant(
+        "fitted-to-exact-keys",
+        "attention_fit",
+        "round_query_key(seen, self.settings.query_key_bits,",
+        "round_query_key(seen, None,",
+    ),
+    Mutant(
+        "unweighted-keys-are-padding",
+        "preparation/interaction",
+        ".interaction(weights, real)",
+        ".interaction(weights, weights > 0)",
+        tests="tests/test_preparation.py",
+    ),
     Mutant("bool-mask-inverted", "nn/sdpa", "hidden = ~own if", "hidden = own if"),
     Mutant("float-mask-ignored", "nn/sdpa", "else scores + own.to(wide)", "else scores"),
     Mutant("empty-rows-are-nan", "nn/sdpa", ".masked_fill_(empty, 0.0)", ""),
@@ -479,8 +499,6 @@ MUTANTS = [
         ".eps for p in model.parameters() if p.is_floating_point()) ** 0.5",
         ".eps for p in model.parameters() if p.is_floating_point())",
     ),
-    Mutant("widened-for-good", "transforms/fold", "        restore(block.parameters())", "        return"),
-    Mutant("outside-not-widened", "transforms/fold", "if parameter not in inside", "if parameter in inside"),
     Mutant("floor-absolute", "transforms/fold", "float(magnitudes.max()) * share", "share"),
     Mutant("alpha-swapped", "transforms/smoothquant", "** alpha /", "** (1 - alpha) /"),
     Mutant("weights-exponent", "transforms/smoothquant", "** (1 - alpha), 1.0", "** alpha, 1.0"),
@@ -736,5 +754,43 @@ MUTANTS = [
         "later = block > current",
         "later = block > current + 1",
         "tests/calibration/test_distributions.py",
+    ),
+    Mutant(
+        "hits-cost-nothing",
+        "calibration/distributions/trajectory",
+        "forward_passes=recording.forward_passes,",
+        "forward_passes=recording.forward_passes * recorded,",
+        "tests/calibration/test_cache.py",
+    ),
+    Mutant("input-scales-inverted", "core/iaaq", "/ b.clamp(", "* b.clamp("),
+    Mutant("input-scales-not-balanced", "core/iaaq", " ** 0.25\n", " ** 0.5\n"),
+    Mutant("attention-not-weighed-in", "preparation/walk", "(states.weights * received[index])", "(states.weights)", P),
+    Mutant(
+        "scaled-without-a-rotation",
+        "preparation/scaling",
+        "_rotated(plan) if isinstance(transform, IAAQ) else set(plan.modules)",
+        "set(plan.modules)",
+        P,
+    ),
+    Mutant("squares-not-weighed", "core/stats", "w @ rows.square()", "rows.square().sum(0)", P),
+    Mutant("widened-for-good", "models/inference", "        restore(block.parameters())", "        return"),
+    Mutant("outside-not-widened", "models/inference", "if parameter not in inside", "if parameter in inside"),
+    Mutant(
+        "native-arithmetic-not-asked", "models/inference", "if any(not _is_native(dtype)", "if any(_is_native(dtype)"
+    ),
+    Mutant("lines-of-unicode", "calibration/prompts", '_read_text(path).split("\\n")', "_read_text(path).splitlines()"),
+    Mutant(
+        "published-code-kept",
+        "models/dream/tokenization",
+        'kwargs.pop("auto_map", None)',
+        "pass",
+        "tests/models/test_dream_tokenizer.py",
+    ),
+    Mutant(
+        "history-of-states-seen",
+        "models/dream/generation",
+        "range(1, max(taken) + 1)",
+        "range(max(taken))",
+        "tests/models/test_dream_generation.py",
     ),
 ]

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import dllmquant
 from dllmquant import DLLMQuantizer, Recipe
-from dllmquant.calibration import load_prompts
+from dllmquant.calibration import Cost, load_prompts
 from dllmquant.cli.app import app
 from dllmquant.cli.generate import _prompts_from_stdin
 from dllmquant.cli.loading import find_model
@@ -511,9 +511,12 @@ def test_quantize_reports_what_inspect_draws(model: Path, tmp_path: Path) -> Non
     assert "\nscales of quantized attention: 96 bytes\n" in text  # 2 blocks of 4 heads with 3 numbers each
     assert f"\nactivation bits by input: 4/8, mean {bits.mean:.3g} per value\n" in text
     assert f"\ncalibration states: {coverage.summary()}\n" in text
+    cost = Cost.from_counts(config.quantization_config.cost).summary()
+    assert re.search(rf"^calibration states took: {cost}; \d+\.\d s \(\d+\.\d prompts/s\)$", text, re.MULTILINE)
     notes = coverage.notes(calibration["quotas"])  # type: ignore[arg-type]
     assert notes
     told = succeeds("inspect", output)
+    assert f"\nstates took:     {cost}\n" in told
     assert [line for line in told.splitlines() if line.startswith("note: ")] == [f"note: {note}" for note in notes]
     for note in notes:
         assert f"note: {note}" in text.splitlines()
@@ -605,6 +608,8 @@ def test_eval_writes_what_python_measures(model: Path, earlier: tuple[Path, str]
     assert run_.metadata["model"] == str(model)
     for task, score in run_.scores.items():
         assert re.search(rf"^{task} +4 +{100 * score.accuracy:.1f}% +\[", text, re.MULTILINE)
+    assert (run_.metadata["recipe"], run_.metadata["protocol"]) == (None, "32-bit")
+    assert text.startswith(f"{model}: 32-bit\ntask ")
     assert f"wrote {path}" in text
     assert "paired" not in text
 
@@ -637,6 +642,9 @@ def test_eval_compares_with_an_earlier_run(
     for task, (then, ours) in {"math": (4 - right["math"], 0), "qa": (0, right["qa"])}.items():
         pattern = rf"^{task} +4 +{re.escape(f'{points[task]:+.1f}')} +\[.*\] +{then} +{ours} "
         assert re.search(pattern, text, re.MULTILINE)
+    assert (now.metadata["recipe"], now.metadata["protocol"]) == ("tiny", "linear")
+    assert text.startswith(f"{quantized[0]}: recipe tiny, protocol linear\ntask ")
+    assert f"\nthis run (recipe tiny, protocol linear) minus {path} (32-bit), paired by problem" in text
     assert "note: gen_length was 8, is 4" in text
     assert "note: mc_num was 2, is 3" in text
     assert "note: block_length" not in text
@@ -667,6 +675,15 @@ def test_eval_checks_its_inputs_before_any_work(
 ) -> None:
     (tmp_path / "file.txt").write_text("x")
     assert message in fails("eval", model, *(word.format(tmp=tmp_path, earlier=earlier[0]) for word in options))
+
+
+def test_eval_compares_with_files_that_name_no_protocol(model: Path, earlier: tuple[Path, str], tmp_path: Path) -> None:
+    content = json.loads(earlier[0].read_text(encoding="utf-8"))
+    del content["metadata"]["recipe"], content["metadata"]["protocol"]
+    path = tmp_path / "older.json"
+    path.write_text(json.dumps(content))
+    options = ["--tasks", "math,qa", "--limit", 4, "--mc-num", 2, "--seed", 1, "--compare", path]
+    assert f"\nthis run (32-bit) minus {path}, paired by problem" in succeeds("eval", model, *options)
 
 
 # ablate

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from dllmquant import DLLMQuantizer, job
+from dllmquant import DLLMQuantizer, job, pipeline
 from dllmquant.nn.attention import installed
 from dllmquant.nn.linear import QuantLinear
 from tests.tiny import tiny_llada, tiny_recipe, tiny_tokenizer
@@ -65,6 +65,73 @@ def test_the_second_pass_starts_from_the_original(attention, monkeypatch):
     model, _ = run(closed(attention=attention))
     assert same(model, expected)
     assert (installed(model.model.transformer["blocks"][0]) is None) == (attention is None)
+
+
+RTN = {"solver": "rtn", "act_order": False}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weights": RTN, "transforms": [{"kind": "awq", "grid_points": 5}]},
+        {"weights": RTN, "transforms": [{"kind": "smoothquant"}], "token_weights": {"kind": "uniform"}},
+        {"weights": RTN, "transforms": [{"kind": "wush", "block_size": 16}]},
+        {
+            "weights": RTN,
+            "transforms": [{"kind": "duquant", "block_size": 16, "steps": 8}],
+            "token_weights": {"kind": "uniform"},
+        },
+        {"weights": RTN, "activations": {"allocation": {"mean_bits": 5}}},
+        {"transforms": [{"kind": "quarot"}, {"kind": "smoothquant"}], "token_weights": {"kind": "interaction"}},
+    ],
+    ids=["awq", "smoothquant", "wush", "duquant", "bits", "folded"],
+)
+def test_everything_is_fitted_to_the_closed_loop_states(changes):
+    """The result is that of a direct quantization with exactly the closed-loop states, not that of the first pass."""
+    model, worker = run(closed(**changes))
+    expected, direct = run(tiny_recipe(**changes), states=worker.states)
+    assert same(model, expected)
+    assert worker.allocation == direct.allocation
+    first, other = run(tiny_recipe(**changes))
+    assert worker.allocation != other.allocation if "activations" in changes else not same(model, first)
+
+
+@pytest.mark.parametrize("failing", ["recording", "preparing", "solving"])
+def test_a_failure_of_the_second_pass_leaves_the_model_untouched(failing, monkeypatch):
+    def failing_from(call, function):
+        calls = []
+
+        def limited(*args, **kwargs):
+            calls.append(1)
+            if len(calls) >= call:
+                raise ValueError("enough")
+            return function(*args, **kwargs)
+
+        return limited
+
+    if failing == "recording":
+        monkeypatch.setattr(job, "collect_states", failing_from(2, job.collect_states))
+    elif failing == "preparing":
+        monkeypatch.setattr(job, "prepare", failing_from(2, job.prepare))
+    else:
+        monkeypatch.setitem(pipeline._SOLVERS, "gptq", failing_from(14 + 3, pipeline._SOLVERS["gptq"]))
+    recipe = closed(transforms=[{"kind": "quarot"}, {"kind": "smoothquant"}], attention={"search": True})
+    model = tiny_llada()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="enough"):
+        DLLMQuantizer(recipe).quantize(model, tokenizer=TOKENIZER, progress=False)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
+    assert all(installed(block) is None for block in model.model.transformer["blocks"])
+
+
+def test_the_cost_is_that_of_both_passes():
+    cost = run(closed())[1].states.cost
+    first = run(tiny_recipe())[1].states.cost
+    assert (cost.prompts, cost.forward_passes) == (2 * first.prompts, 2 * first.forward_passes)
+    assert (cost.sequences, cost.tokens) == (2 * first.sequences, 2 * first.tokens)
 
 
 def test_closed_loop_is_deterministic():

@@ -416,6 +416,12 @@ def test_more_states_are_drawn_while_experts_starve() -> None:
     limited = quantized(toy(), calibration={"num_states": 4, "min_expert_tokens": 10**6, "max_growth": 3})
     assert limited.states is not None
     assert len(limited.states.batch) == 12
+    # One recording, made here, however often states are drawn from it.
+    once, often = few.states.cost, limited.states.cost
+    assert once is not None
+    assert often is not None
+    assert once.counts() == often.counts()
+    assert not often.cached
 
 
 def test_clean_states_grow_as_far_as_prompts_go() -> None:
@@ -607,6 +613,21 @@ def test_a_starved_expert_keeps_to_the_mean_width() -> None:
     quantizer = quantized(model, weights=mixed, calibration={"min_expert_tokens": 10**6, "max_growth": 1})
     assert all(report.bits <= 2.5 for report in quantizer.reports)
     assert any(report.fallback is not None for report in quantizer.reports)
+
+
+def test_a_starved_expert_keeps_to_a_mean_below_two(tmp_path: Path) -> None:
+    """One width for the whole layer: one bit, which a checkpoint can hold like any other."""
+    model = toy()
+    mixed = {"group_size": 8, "bits": 2, "mixed": {"choices": [1, 2], "mean": 1.5}}
+    quantizer = quantized(model, weights=mixed, calibration={"min_expert_tokens": 10**6, "max_growth": 1})
+    starved = [report for report in quantizer.reports if report.fallback is not None]
+    assert {report.bits for report in starved} == {1}
+    assert all(report.bits <= 1.5 for report in quantizer.reports)
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModel.from_pretrained(tmp_path)
+    for report in starved:
+        expected = rtn(toy().get_submodule(report.name).weight.detach(), Grid(1, 8, symmetric=False))
+        assert torch.equal(reloaded.get_submodule(report.name).quantized_weight().dequantize(), expected.dequantize())
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,48 @@ def test_folded_transforms_change_weights_but_not_the_function(transforms):
     torch.testing.assert_close(logits(model, states), logits(original, states), rtol=1e-3, atol=1e-3)
 
 
+SCALED = [{"kind": "iaaq"}, {"kind": "hadamard", "sites": ["ff_out"]}]
+
+
+@pytest.mark.parametrize("interaction", [True, False])
+def test_input_scales_are_folded_in_front_of_the_rotation_only(interaction):
+    """s_i⁴ ∝ Σ_j w_j x_ji² / Σ_o W_oi², w_j the attention received times CGQ's weight, or that weight alone."""
+    recipe = Recipe.load(
+        tiny_recipe(
+            transforms=[SCALED[0] | {"interaction": interaction}, SCALED[1]],
+            token_weights={"kind": "cgq"},
+            calibration={"states": "trajectory"},
+        )
+    )
+    model = tiny_llada(init_std=0.3)
+    before = copy.deepcopy(model)
+    states, _ = prepared(model, recipe)
+    torch.testing.assert_close(logits(model, states), logits(before, states), rtol=1e-4, atol=1e-4)
+    blocks, old = model.model.transformer["blocks"], before.model.transformer["blocks"]
+    for index, (block, was) in enumerate(zip(blocks, old, strict=True)):
+        seen = []
+        handle = was.ff_out.register_forward_pre_hook(lambda _module, args, seen=seen: seen.append(args[0]))
+        logits(before, states)
+        handle.remove()
+        w = states.weights.double()
+        if interaction:
+            w = w * attention_by_hand(before, states, index).double()
+        a = torch.einsum("bk,bki->i", w, seen[0].double() ** 2)
+        expected = (a / was.ff_out.weight.double().square().sum(0)) ** 0.25
+        expected = expected / (expected.max() * expected.min()).sqrt()
+        scales = (was.up_proj.weight / block.up_proj.weight).double()
+        torch.testing.assert_close(scales, expected[:, None].expand_as(scales), rtol=1e-4, atol=0)
+        torch.testing.assert_close(
+            block.ff_out.weight / was.ff_out.weight,
+            expected.float().expand(len(was.ff_out.weight), -1),
+            rtol=1e-4,
+            atol=0,
+        )
+        for name, parameter in was.named_parameters():
+            if name not in ("up_proj.weight", "ff_out.weight"):
+                assert torch.equal(block.get_parameter(name), parameter), name
+
+
 def test_awq_measures_the_sub_blocks_output_on_states_from_all_over(monkeypatch):
     """The first of several batches is the first part of the trajectories only."""
     monkeypatch.setattr("dllmquant.preparation.walk._SEARCH_STATES", 4)
@@ -124,6 +166,40 @@ def test_a_transform_that_breaks_the_function_is_an_error(monkeypatch):
         prepared(tiny_llada(), Recipe.load(tiny_recipe(transforms=[{"kind": "smoothquant"}])))
 
 
+@pytest.mark.parametrize(
+    ("calibrated", "settings", "broken"),
+    [
+        (False, {"kind": "hadamard"}, ("_signs", lambda length, *_: torch.full((length,), 2.0))),
+        (True, {"kind": "hadamard"}, ("_factors", lambda size, dtype, device: (torch.ones(size, size, dtype=dtype),))),
+        (True, {"kind": "duquant", "block_size": 16}, ("_inverse_transpose", lambda name, blocks: blocks.mT)),
+        (True, {"kind": "wush", "block_size": 16}, ("_inverse_transpose", lambda name, blocks: blocks)),
+    ],
+    ids=["without data", "hadamard", "duquant", "wush"],
+)
+def test_an_input_transform_that_is_not_undone_in_the_weight_is_an_error(settings, broken, calibrated, monkeypatch):
+    recipe = tiny_recipe(transforms=[settings | {"sites": ["attn_out"]}])
+    if not calibrated:
+        recipe |= {"extends": "rtn-w4a4", "calibration": None}
+    monkeypatch.setattr(f"dllmquant.nn.transform.{broken[0]}", broken[1])
+    model = tiny_llada()
+    with pytest.raises(
+        ValueError, match=rf"blocks\.0\.attn_out: transform '{settings['kind']}' and its inverse do not"
+    ):
+        DLLMQuantizer(recipe).quantize(model, tokenizer=tiny_tokenizer(), progress=False)
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
+
+
+def test_weights_of_zero_leave_tokens_out_of_ranges():
+    """That is all that token weights are to SmoothQuant."""
+    found = []
+    for base in (0.7, 0.0):
+        model = tiny_llada()
+        weights = {"kind": "cgq", "unmasked_base": base}
+        prepared(model, Recipe.load(tiny_recipe(transforms=[{"kind": "smoothquant"}], token_weights=weights)))
+        found.append(model.model.transformer["blocks"][1].q_proj.weight)
+    assert not torch.equal(*found)
+
+
 @pytest.mark.parametrize("kind", ["hadamard", "duquant", "wush"])
 def test_input_transforms_reach_their_sites_only(kind):
     recipe = tiny_recipe(transforms=[{"kind": kind, "sites": ["q_proj", "ff_out"], "block_size": 16}])
@@ -156,6 +232,20 @@ def test_interaction_is_the_attention_received_in_each_block():
             expected = attention_by_hand(model, states, index)
             torch.testing.assert_close(preparation.token_weights[index], expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(preparation.token_weights[0], preparation.token_weights[1])
+
+
+def test_tokens_that_count_nothing_receive_attention_all_the_same():
+    model = tiny_llada()
+    recipe = Recipe.load(tiny_recipe(token_weights={"kind": "cgq", "unmasked_base": 0.0}))
+    states, _ = prepared(model, recipe)
+    silent = (states.weights == 0) & states.batch.attention_mask
+    assert silent.any()
+    received, _ = block_token_weights(model, adapter_for(model), recipe, states, measures=True)
+    with torch.no_grad():
+        for index in range(2):
+            expected = attention_by_hand(model, states, index)
+            torch.testing.assert_close(received[index], expected, rtol=1e-4, atol=1e-5)
+            assert (received[index][silent] > 0).all()
 
 
 def test_other_weights_are_the_states_own_in_every_block():
@@ -246,6 +336,15 @@ def test_transforms_that_do_not_fit_are_found_before_any_work(transforms, messag
     model = tiny_llada()
     with pytest.raises(RecipeError, match=message):
         make_plan(model, adapter_for(model), Recipe.load(tiny_recipe(transforms=transforms)))
+
+
+def test_input_scales_need_a_producer_that_can_be_scaled():
+    """Two query heads read each value head, whose channels therefore cannot be scaled one by one."""
+    recipe = Recipe.load(tiny_recipe(transforms=[{"kind": "iaaq"}, {"kind": "hadamard", "sites": ["attn_out"]}]))
+    grouped, plain = tiny_llada(n_kv_heads=2), tiny_llada()
+    make_plan(plain, adapter_for(plain), recipe)
+    with pytest.raises(RecipeError, match=r"'iaaq': what a 'hadamard' rotates \(attn_out\) has no .* ff_out, ff_proj"):
+        make_plan(grouped, adapter_for(grouped), recipe)
 
 
 @pytest.mark.parametrize("failing", ["measuring", "first block", "second block"])

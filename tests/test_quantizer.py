@@ -1,16 +1,19 @@
 """`DLLMQuantizer` from the outside: what it returns, saves, repeats and refuses."""
 
 import hashlib
+import json
 
 import pytest
 import torch
+from datasets import Dataset
 from optimum.quantization_base import OptimumQuantizer
 from torch import nn
-from transformers import AutoModel, BertConfig, BertModel
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel
 
 import dllmquant
 from dllmquant import DLLMQuantizer, Recipe, RecipeError
 from dllmquant.checkpoint import weight_bytes
+from dllmquant.lab.inspection import describe_checkpoint
 from tests.tiny import save_tiny, tiny_llada, tiny_recipe, tiny_tokenizer
 
 PROMPTS = [f"q: tom has {n} apples. tom loses {n % 3 + 1} of them. how many remain? a:" for n in range(5, 30)]
@@ -90,14 +93,53 @@ def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path):
     assert digests[0] != digests[2]
 
 
+def test_the_cost_in_a_checkpoint_repeats_with_and_without_a_cache_hit(tmp_path):
+    recipe = tiny_recipe()
+    recipe["calibration"] |= {"cache": str(tmp_path / "cache")}
+    configs, costs = [], []
+    for index in range(2):
+        model, quantizer = tiny_llada(), DLLMQuantizer(recipe)
+        quantizer.quantize(model, tokenizer=tiny_tokenizer(), progress=False)
+        model.save_pretrained(tmp_path / str(index))
+        configs.append((tmp_path / str(index) / "config.json").read_bytes())
+        costs.append(quantizer.states.cost)
+    assert [cost.cached for cost in costs] == [False, True]
+    assert configs[0] == configs[1]
+    assert json.loads(configs[0])["quantization_config"]["cost"] == costs[0].counts()
+    plain = quantized().config.quantization_config.cost
+    assert plain == costs[0].counts()
+    assert plain["forward_passes"] > 0
+
+
+def test_a_checkpoint_without_the_cost_still_loads(tmp_path):
+    model = quantized()
+    model.save_pretrained(tmp_path)
+    document = json.loads((tmp_path / "config.json").read_text())
+    del document["quantization_config"]["cost"]
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    reloaded = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(logits(reloaded), logits(model))
+    assert reloaded.config.quantization_config.cost is None
+    assert "states took" not in describe_checkpoint(tmp_path, AutoConfig.from_pretrained(tmp_path))
+
+
 def test_own_prompts_change_the_calibration():
     assert not torch.equal(logits(quantized()), logits(quantized(prompts=PROMPTS)))
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+def test_prompts_are_rows_as_well(kind):
+    expected = quantized(prompts=PROMPTS[:4]).config.quantization_config.states_hash
+    rows = kind([{"prompt": prompt, "id": index} for index, prompt in enumerate(PROMPTS[:4])])
+    assert quantized(prompts=rows).config.quantization_config.states_hash == expected
 
 
 def test_clean_states_use_completions():
     recipe = shrunk("gptq-w4a4")
     with_answers = quantized(recipe, prompts=[(prompt, " 7 - 2 = 5. #### 5") for prompt in PROMPTS])
     assert not torch.equal(logits(with_answers), logits(quantized(recipe, prompts=PROMPTS)))
+    rows = [{"prompt": prompt, "completion": " 7 - 2 = 5. #### 5"} for prompt in PROMPTS]
+    assert torch.equal(logits(with_answers), logits(quantized(recipe, prompts=rows)))
 
 
 def test_save_dir_and_paths_as_optimum_calls_them(tmp_path):

@@ -14,6 +14,21 @@ def test_builtin_names_are_the_files_in_recipes():
     assert {"rtn-w4a4", "gptq-w4a4", "dllmquant-w4a4"} <= files
 
 
+def test_every_method_has_the_common_settings():
+    settings = ("w4a16", "w3a16", "w4a8", "w4a4", "w4a4-av")
+    methods = {name.removesuffix("-w4a4") for name in Recipe.names() if name.endswith("-w4a4")}
+    assert {f"{method}-{setting}" for method in methods for setting in settings} <= set(Recipe.names())
+    assert {f"{name}-w8a8" for name in ("rtn", "gptq", "smoothquant", "dllmquant")} <= set(Recipe.names())
+
+
+@pytest.mark.parametrize("name", ["best-w4a16", "best-w4a8"])
+def test_best_recipes_differ_in_their_activations_only(name):
+    recipe, parent = Recipe.load(name), Recipe.load("best-w4a4")
+    own = {"name": name, "description": recipe.description, "activations": recipe.activations}
+    assert parent.model_copy(update=own) == recipe
+    assert recipe.activations != parent.activations
+
+
 @pytest.mark.parametrize("name", Recipe.names())
 def test_builtin_recipes_are_valid_named_and_described(name):
     recipe = Recipe.load(name)
@@ -29,6 +44,32 @@ def test_dict_and_yaml_round_trips_are_exact(name, tmp_path):
     path = tmp_path / "copy.yaml"
     path.write_text(recipe.to_yaml())
     assert Recipe.load(path) == recipe
+
+
+@pytest.mark.parametrize("name", Recipe.names())
+def test_protocols_of_the_builtin_recipes(name):
+    setting = name.split("-", 1)[1].removeprefix("awq-").removeprefix("quarot-")
+    expected = "linear+av" if setting.endswith("-av") else "weights" if setting.endswith("a16") else "linear"
+    assert Recipe.load(name).protocol == expected
+
+
+@pytest.mark.parametrize(
+    ("probs", "values", "queries", "inside"),
+    [
+        (4, 4, None, "+av"),
+        (4, None, None, "+a"),
+        (None, 8, None, "+v"),
+        (None, None, 8, "+qk"),
+        (8, 8, 8, "+av+qk"),
+        (None, 4, 4, "+v+qk"),
+    ],
+)
+@pytest.mark.parametrize(("activations", "outside"), [(None, "weights"), ({"bits": 4}, "linear")])
+def test_protocols_name_what_is_quantized(probs, values, queries, inside, activations, outside):
+    attention = {"probs_bits": probs, "value_bits": values, "query_key_bits": queries}
+    recipe = Recipe.load({"extends": "rtn-w4a4", "activations": activations, "attention": attention})
+    assert recipe.protocol == outside + inside
+    assert recipe.summary().endswith(f"attention quantized ({outside}{inside})")
 
 
 def test_extends_merges_sections_key_by_key(tmp_path):
@@ -97,6 +138,25 @@ def test_circular_extends_is_an_error(tmp_path):
             "full_range: true with symmetric: false, whose range is always full; valid: false",
         ),
         ({"attention": {"probs_grid": "search"}}, r"probs_grid: 'search' needs search: true"),
+        (
+            {"attention": {"rotate_query_key": True}},
+            r"attention: rotate_query_key: true has no effect without query_key_bits; valid: false",
+        ),
+        (
+            {"token_weights": {"kind": "cgq_text"}, "calibration": {"states": "random_t"}},
+            r"token_weights\.kind: 'cgq_text', but calibration\.states 'random_t' .*valid: 'cgq', or states",
+        ),
+        (
+            {"token_weights": {"kind": "cgq_text"}, "calibration": {"states": "mcs"}},
+            r"token_weights\.kind: 'cgq_text', but calibration\.states 'mcs'",
+        ),
+        (
+            {
+                "activations": {"allocation": {"mean_bits": 5, "objective": "logits"}},
+                "calibration": {"states": "clean"},
+            },
+            r"allocation\.objective: 'logits' measures masked positions, .*'clean' .*valid: 'output', or other states",
+        ),
         ({"attention": {"probs_bits": None, "value_bits": None}}, r"all null"),
         ({"transforms": [{"kind": "spinquant"}]}, r"transforms\.0: .*'spinquant'.*'smoothquant'"),
         (
@@ -106,11 +166,68 @@ def test_circular_extends_is_an_error(tmp_path):
         ({"transforms": [{"kind": "hadamard"}, {"kind": "wush"}]}, r"two of them at one input \(wush\)"),
         ({"transforms": [{"kind": "hadamard"}, {"kind": "quarot"}]}, r"'quarot' comes too late"),
         ({"transforms": [{"kind": "awq"}, {"kind": "quarot"}]}, r"'quarot' comes too late"),
+        ({"transforms": [{"kind": "hadamard"}, {"kind": "iaaq"}]}, r"'iaaq' comes too late"),
+        ({"transforms": [{"kind": "iaaq"}]}, r"'iaaq' scales inputs that a 'hadamard' rotates"),
     ],
 )
 def test_errors_name_the_field_and_the_valid_choices(document, message):
     with pytest.raises(RecipeError, match=message):
         Recipe.load(document)
+
+
+RTN = {"solver": "rtn"}
+ALLOCATED = {"activations": {"allocation": {"mean_bits": 5}}}
+
+
+def weighted(kind="cgq", weights=RTN, token_weights=None, **changes):
+    """A recipe with token weights; round to nearest if nothing else is said."""
+    return Recipe.load({"weights": weights, "token_weights": {"kind": kind} | (token_weights or {})} | changes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("cgq", {"transforms": [{"kind": "smoothquant"}]}),
+        ("cgq", {"transforms": [{"kind": "duquant"}]}),
+        ("frontier", {"transforms": [{"kind": "quarot"}, {"kind": "smoothquant"}]}),
+        ("cgq_text", {"transforms": [{"kind": "smoothquant"}]}),
+        ("interaction", {"transforms": [{"kind": "smoothquant"}], "calibration": {"states": "clean"}}),
+        ("interaction", ALLOCATED),
+        ("interaction", {"transforms": [{"kind": "iaaq"}, {"kind": "hadamard"}]}),
+        ("cgq", {"attention": {"value_granularity": "channel"}}),
+        ("cgq", {"attention": {"search": True, "probs_range": "row"}}),
+        ("cgq", {"attention": {"search": True, "probs_bits": None}}),
+        ("cgq", {"transforms": [{"kind": "smoothquant"}], "token_weights": {"masked_base": 0}}),
+    ],
+    ids=str,
+)
+def test_token_weights_that_nothing_reads_are_an_error(kind, changes):
+    with pytest.raises(
+        RecipeError, match=rf"token_weights\.kind: '{kind}', but nothing .*valid: 'uniform', or with one"
+    ):
+        weighted(kind, **changes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("cgq", {"weights": {"solver": "gptq"}}),
+        ("cgq", {"weights": RTN | {"clip": "awq"}}),
+        ("interaction", {"transforms": [{"kind": "awq"}]}),
+        ("frontier", {"transforms": [{"kind": "wush"}]}),
+        ("cgq", ALLOCATED),
+        ("cgq", {"transforms": [{"kind": "iaaq"}, {"kind": "hadamard"}]}),
+        ("interaction", {"transforms": [{"kind": "iaaq", "interaction": False}, {"kind": "hadamard"}]}),
+        ("cgq", {"attention": {"search": True}}),
+        ("cgq", {"attention": {"search": True, "probs_range": "row", "probs_grid": "search"}}),
+        ("cgq", {"attention": {"search": True, "probs_bits": None, "value_granularity": "head"}}),
+        ("cgq", {"transforms": [{"kind": "smoothquant"}], "token_weights": {"unmasked_base": 0}}),
+        ("frontier", {"transforms": [{"kind": "duquant"}], "token_weights": {"context": 0}}),
+    ],
+    ids=str,
+)
+def test_token_weights_that_something_reads_are_valid(kind, changes):
+    assert f"{kind} token weights" in weighted(kind, **changes).summary()
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just text", "a: [1", ""])

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from dllmquant.decoding import StateBatch, commit_most_confident, forbid, propose
 from dllmquant.models import ModelAdapter
+from dllmquant.models.inference import inference
 
 
 @torch.no_grad()
@@ -43,21 +44,17 @@ def with_confidence(
     denoise, mask_id = adapter.denoiser(model), adapter.mask_id(model.config)
     device = next(model.get_submodule(adapter.embedding).parameters()).device
     confidences, commits = [], []
-    was_training = model.training
-    model.eval()
-    try:
-        with tqdm(total=len(batch), desc="confidence", unit="state", disable=not progress) as bar:
-            for start in range(0, len(batch), batch_size):
-                rows = slice(start, start + batch_size)
-                ids, keep, mask = (x[rows].to(device) for x in (batch.ids, batch.attention_mask, batch.mask))
-                candidates = propose(forbid(denoise(ids, keep), (mask_id,)), mask, torch.ones_like(mask))
-                one = torch.ones(len(ids), dtype=torch.int64, device=device)
-                result = commit_most_confident(ids, candidates, one)
-                confidences.append(result.confidence.masked_fill(~keep, 0.0).float().cpu())
-                commits.append(result.committed.cpu())
-                bar.update(len(ids))
-    finally:
-        model.train(was_training)
+    bar = tqdm(total=len(batch), desc="confidence", unit="state", disable=not progress)
+    with inference(model, adapter.block_list(model)), bar:
+        for start in range(0, len(batch), batch_size):
+            rows = slice(start, start + batch_size)
+            ids, keep, mask = (x[rows].to(device) for x in (batch.ids, batch.attention_mask, batch.mask))
+            candidates = propose(forbid(denoise(ids, keep), (mask_id,)), mask, torch.ones_like(mask))
+            one = torch.ones(len(ids), dtype=torch.int64, device=device)
+            result = commit_most_confident(ids, candidates, one)
+            confidences.append(result.confidence.masked_fill(~keep, 0.0).float().cpu())
+            commits.append(result.committed.cpu())
+            bar.update(len(ids))
     confidence = torch.cat(confidences)
     if not bool(confidence.isfinite().all()):
         raise ValueError("logits of the model give a confidence of NaN; valid: logits without NaN or +inf")

@@ -80,8 +80,9 @@ def eval_(
 
         dllmquant eval out --json out.json --compare full.json
     """
-    from dllmquant.lab.evaluate import Evaluation, evaluate
+    from dllmquant.lab.evaluate import Evaluation, check_mask_token, evaluate
     from dllmquant.lab.evaluate import compare as compare_evaluations
+    from dllmquant.models import registered_adapters
     from dllmquant.presets import Preset, find_preset
 
     names = _task_names(tasks)
@@ -94,7 +95,8 @@ def eval_(
     given = sampler_options(steps, gen_length, block_length, temperature, cfg_scale, remasking, threshold)
     sampler = {**protocol.sampler, **given}
     where = usable_device(device)
-    source, _ = find_model(model, sampler)
+    source, config = find_model(model, sampler)
+    check_mask_token(names, registered_adapters()[config.model_type])
     with tamed_transformers(bars=not is_quick(source)):
         tokenizer = load_tokenizer(source)
         loaded = load_model(source, dtype, where)
@@ -148,6 +150,12 @@ def _spelled(value: object) -> str:
     return ",".join(value) if isinstance(value, list) else str(value)
 
 
+def _measured(run: "Evaluation") -> str:
+    """Recipe and protocol of what a run measured; empty for files that do not say."""
+    recipe, protocol = (run.metadata.get(name) for name in ("recipe", "protocol"))
+    return str(protocol or "") if recipe is None else f"recipe {recipe}, protocol {protocol}"
+
+
 def _scores_table(run: "Evaluation") -> str:
     from dllmquant.lab.tables import aligned
 
@@ -163,7 +171,8 @@ def _scores_table(run: "Evaluation") -> str:
         ]
         for task, score in run.scores.items()
     ]
-    return aligned(["task", "n", "accuracy", "95% interval", "truncated", "tokens/s", "seconds"], rows)
+    table = aligned(["task", "n", "accuracy", "95% interval", "truncated", "tokens/s", "seconds"], rows)
+    return f"{run.metadata['model']}: {_measured(run)}\n{table}"
 
 
 def _differences_table(differences: Sequence[Any], earlier: "Evaluation", run: "Evaluation", name: str) -> str:
@@ -182,7 +191,9 @@ def _differences_table(differences: Sequence[Any], earlier: "Evaluation", run: "
         for paired in differences
     ]
     header = ["task", "n", "points", "95% interval", "only earlier right", "only this right", "p"]
-    lines = [f"this run minus {name}, paired by problem, in percentage points", aligned(header, rows)]
+    earlier_model = f" ({_measured(earlier)})" if _measured(earlier) else ""
+    title = f"this run ({_measured(run)}) minus {name}{earlier_model}, paired by problem, in percentage points"
+    lines = [title, aligned(header, rows)]
     then, now = ({**either.sampler, "mc_num": either.metadata.get("mc_num")} for either in (earlier, run))
     lines += [f"note: {key} was {then.get(key)}, is {now[key]}" for key in now if then.get(key) != now[key]]
     return "\n".join(lines)

@@ -19,8 +19,8 @@ def inspect(
     """Tell what a checkpoint holds.
 
     That is its recipe, protocol, version and seed; its layers, their bits, input transforms and bytes per weight; its
-    activation bits where they differ; where in the denoising process its calibration states lie; and its files. The
-    configuration and the headers of the weight files are read; the weights are not loaded.
+    activation bits where they differ; where in the denoising process its calibration states lie and what they took; and
+    its files. The configuration and the headers of the weight files are read; the weights are not loaded.
 
     For example:
 

@@ -7,6 +7,8 @@ quantized as it will be (Ã = Deq(Q(A)), scale s = α·ŝ, ŝ = (max V − min V
 
 The trace splits over heads, and inside a head over channels, so the best α per head or per channel is exact. Product 2,
 the bits of the linear layers' inputs, weighs each token by the attention it receives: `interaction` and `SiteErrors`.
+Product 3, ours, scales the channels of a linear layer's input in front of a rotation, tokens weighed in the same way:
+`input_scales`.
 
 Choices where the paper is silent, and one addition:
     1. The step of α is 0.02. Ties go to the larger α.
@@ -15,6 +17,8 @@ Choices where the paper is silent, and one addition:
     4. The published objective leaves the softmax quantizer untreated. `dllmquant.core.softmax_search` chooses it on the
        same objective; it comes first, and Ã in L is what it chose.
     5. A token's interaction is normalised per sequence, so that it does not depend on how sequences are batched.
+    6. The paper has nothing for the inputs of linear layers where all of them get the same bits. A rotation spreads
+       outlier channels over all others, which 4 bits then drown; scales have to come before it.
 
 Searches see attention as rows, one per (sequence, head) in any order and any number at a time, as
 `dllmquant.nn.sdpa.AttentionInputs.probabilities` yields them.
@@ -40,7 +44,8 @@ def interaction(probabilities: Tensor, query_weights: Tensor, real: Tensor | Non
     Args:
         probabilities: A, float [..., heads, q, k].
         query_weights: w ≥ 0, float [..., q].
-        real: bool [..., k]; None takes the tokens whose query weight is positive (q = k). Others get 0.
+        real: bool [..., k], False on padding, which gets 0; None takes every token. Not the tokens of positive query
+            weight: a query that does not count is a key that is read.
 
     Returns:
         Float [..., k], of mean 1 over real tokens; 0 throughout where they receive nothing.
@@ -51,7 +56,7 @@ def interaction(probabilities: Tensor, query_weights: Tensor, real: Tensor | Non
     if query_weights.shape != probabilities.shape[:-3] + probabilities.shape[-2:-1]:
         raise ValueError(f"query_weights: shape {tuple(query_weights.shape)} does not fit {tuple(probabilities.shape)}")
     mass = torch.einsum("...hqk,...q->...k", probabilities, query_weights.to(probabilities))
-    return normalised_interaction(mass, query_weights > 0 if real is None else real)
+    return normalised_interaction(mass, torch.ones_like(mass, dtype=torch.bool) if real is None else real)
 
 
 def normalised_interaction(mass: Tensor, real: Tensor) -> Tensor:
@@ -230,6 +235,43 @@ def search_value_scales(
         rows = None if weights is None else weights.expand(len(probabilities), -1)
         search.add(probabilities, values[heads], heads, rows)
     return search.result()
+
+
+def input_scales(mean_square: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Returns the channel scales s of an input that is rotated before it is quantized (product 3), in closed form.
+
+    With a Hadamard matrix H, layers read (x / s) H through W diag(s) H. Rounding the rotated token with a step in
+    proportion to its length leaves an error that all channels share, E_j ∝ ‖x_j / s‖², which reaches the outputs times
+    ‖W diag(s) H‖² = ‖W diag(s)‖²; rounding the weights errs in proportion to the same product. So with
+    a_i = Σ_j w_j x_ji² / Σ_j w_j and b_i = Σ_o W_oi², by Cauchy's inequality,
+
+        L(s) = (Σ_i a_i / s_i²) (Σ_i b_i s_i²)  ≥  (Σ_i √(a_i b_i))²,        attained by s_i² ∝ √(a_i / b_i).
+
+    It is the diagonal case of WUSH (arXiv 2512.00956), which, unlike a full matrix, folds into the layer before.
+
+    Args:
+        mean_square: a, float [in], not negative; w_j is the interaction of token j times its token weight.
+        weights: W, float [out, in] each, of all layers that read the input.
+
+    Returns:
+        float64 [in], positive, √(max s · min s) = 1. Both a and b count as at least 1e-8 of the largest channel's.
+
+    Raises:
+        ValueError: A shape does not fit, or a number is negative or not finite.
+    """
+    if mean_square.ndim != 1 or not bool((torch.isfinite(mean_square) & (mean_square >= 0)).all()):
+        raise ValueError(f"mean_square: shape {tuple(mean_square.shape)}; valid: one finite number each, none negative")
+    if not weights or any(weight.ndim != 2 or weight.shape[1] != len(mean_square) for weight in weights):
+        shapes = [tuple(weight.shape) for weight in weights]
+        raise ValueError(f"weights: shapes {shapes}; valid: at least one, each [out, {len(mean_square)}]")
+    b = torch.stack([weight.double().square().sum(0) for weight in weights]).sum(0)
+    if not bool(torch.isfinite(b).all()):
+        raise ValueError("weights: one holds NaN or infinity")
+    a = mean_square.double()
+    if not bool(a.any()) or not bool(b.any()):
+        return torch.ones_like(a)  # nothing is computed from this input
+    scales = (a.clamp(min=float(a.max()) * 1e-8) / b.clamp(min=float(b.max()) * 1e-8)) ** 0.25
+    return scales / (scales.max() * scales.min()).sqrt()
 
 
 class SiteErrors:

@@ -30,10 +30,12 @@ class InputMagnitudes:
     Attributes:
         absmax: [in], max_j |x_j|.
         mean_abs: [in], Σ_j w_j |x_j| / Σ_j w_j.
+        mean_square: [in], Σ_j w_j x_j² / Σ_j w_j.
     """
 
     absmax: Tensor
     mean_abs: Tensor
+    mean_square: Tensor
 
 
 def input_magnitudes(batches: Iterable[tuple[Tensor, Tensor]]) -> InputMagnitudes:
@@ -45,7 +47,7 @@ def input_magnitudes(batches: Iterable[tuple[Tensor, Tensor]]) -> InputMagnitude
         ValueError: A shape does not fit, a weight is negative, a weighted token is not finite, or no token has a
             positive weight.
     """
-    absmax = total = torch.zeros(())
+    absmax = total = squares = torch.zeros(())
     weight = 0.0
     for x, weights in batches:
         rows, w, _ = _weighted_rows(x, weights, torch.promote_types(x.dtype, torch.float32))
@@ -53,10 +55,11 @@ def input_magnitudes(batches: Iterable[tuple[Tensor, Tensor]]) -> InputMagnitude
             magnitude = rows.abs()
             absmax = torch.maximum(absmax.to(rows), magnitude.amax(0))
             total = total.to(rows) + w @ magnitude
+            squares = squares.to(rows) + w @ rows.square()
             weight += float(w.sum(dtype=torch.float64))
     if weight <= 0:
         raise ValueError("batches: hold no token with a positive weight")
-    return InputMagnitudes(absmax, total / weight)
+    return InputMagnitudes(absmax, total / weight, squares / weight)
 
 
 def _weighted_rows(x: Tensor, weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,11 +14,12 @@ codes 2**bits − 1 − code, the zero point 2**bits − 1 and the scale −scal
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dllmquant._version import __version__
@@ -40,7 +41,7 @@ def export_gptq(model: PreTrainedModel, directory: Path) -> None:
 
     Raises:
         ExportError: The model is not quantized, more than its weights is, its layers differ in their grids, some layer
-            is quantized in some blocks only, or a layer's channels do not fill whole 32-bit words.
+            is quantized in some only of the blocks that have it, or a layer's channels do not fill whole 32-bit words.
         OSError: The target is a file or cannot be written.
     """
     content = Content.of(model)
@@ -95,19 +96,17 @@ def _ragged(layer: QuantLinear) -> str | None:
 def _config(model: PreTrainedModel, content: Content) -> dict[str, Any]:
     """Returns the `quantization_config`, where transformers finds what is quantized and GPTQModel what is not."""
     grid, adapter = content.same_scheme(_FORM).grid, adapter_for(model)
-    leaves: dict[str, int] = {}
-    for name in content.layers:
-        leaf = name.removeprefix(f"{adapter.blocks}.").split(".", 1)[1]
-        leaves[leaf] = leaves.get(leaf, 0) + 1
-    everywhere = len(adapter.block_list(model))
+    blocks = adapter.block_list(model)
+    present = Counter(leaf for block in blocks for _, group in adapter.sites(block) for leaf in group)
+    leaves = Counter(name.removeprefix(f"{adapter.blocks}.").split(".", 1)[1] for name in content.layers)
     for leaf, count in leaves.items():
-        if count != everywhere:
+        if count != present[leaf]:
             raise ExportError(
-                f"format: {_FORM!r} cannot express that {leaf} is quantized in {count} of {everywhere} blocks only; "
-                "skip it in all of them or in none"
+                f"format: {_FORM!r} cannot express that {leaf} is quantized in {count} of the {present[leaf]} blocks "
+                "that have it; skip it in all of them or in none"
             )
-    first = adapter.block_list(model)[0]
-    skipped = [leaf for _, group in adapter.sites(first) for leaf in group if leaf not in leaves]
+    named = (item for block in blocks for item in block.named_modules())
+    skipped = dict.fromkeys(leaf for leaf, module in named if isinstance(module, nn.Linear))  # routers, too
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
+from dllmquant.calibration import Cost
 from dllmquant.checkpoint import weight_bytes
 from dllmquant.core.coverage import Coverage
 from dllmquant.recipe import Recipe, RecipeError
@@ -52,7 +53,7 @@ def model_card(
         f"## Load\n\n{_loading(model, name)}",
         f"## What is stored\n\n{_stored(model, quantization)}",
         *([f"## Evaluation\n\n{_results(evaluation)}"] if evaluation else []),
-        *([f"## Calibration states\n\n{_coverage(quantization.coverage)}"] if quantization.coverage else []),
+        *([f"## Calibration states\n\n{_states(quantization)}"] if quantization.coverage else []),
         f"## Recipe\n\n```yaml\n{_recipe_text(quantization).rstrip()}\n```",
     ]
     fields: dict[str, Any] = {"tags": list(dict.fromkeys((*_TAGS, model.config.model_type, *tags)))}
@@ -156,8 +157,10 @@ def _stored(model: PreTrainedModel, quantization: "DLLMQuantConfig") -> str:
     return _table(("", ""), rows)
 
 
-def _coverage(stored: dict[str, object]) -> str:
-    coverage = Coverage.from_dict(stored)
+def _states(quantization: "DLLMQuantConfig") -> str:
+    assert quantization.coverage is not None
+    coverage = Coverage.from_dict(quantization.coverage)
+    cost = "" if quantization.cost is None else f" They took {Cost.from_counts(quantization.cost).summary()}."
 
     def cell(segment: int, bucket: int) -> str:
         states = coverage.states[segment][bucket]
@@ -170,7 +173,7 @@ def _coverage(stored: dict[str, object]) -> str:
         for segment in range(coverage.segments)
     ]
     counted = "states" if coverage.recorded is None else "states of those recorded"
-    return f"{coverage.summary()}. Cells: {counted}.\n\n{_table(header, rows)}"
+    return f"{coverage.summary()}.{cost} Cells: {counted}.\n\n{_table(header, rows)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from dllmquant.nn.activation import ActivationScheme
 from dllmquant.nn.attention import AttentionQuantizer, AttentionScheme, install, installed
 from dllmquant.nn.linear import QuantLinear
 from dllmquant.nn.transform import TransformStep
+from dllmquant.recipe import Recipe, RecipeError
 
 QUANT_METHOD = "dllmquant"
 
@@ -41,7 +42,9 @@ class DLLMQuantConfig(QuantizationConfigMixin):
         attention: Full path of each block whose attention is quantized -> {"scheme": the fields of `AttentionScheme`,
             "heads", "value_heads", "channels"}.
         coverage: Where in the denoising process the calibration states lie (`Coverage.to_dict`); None without states.
+        cost: What it takes to make these states (`Cost.counts`); None without states, or if it is not known.
         allocation: The activation bits IA-AQ gave each site, with the errors it was decided by.
+        attention_reports: What IA-AQ found in each block whose attention it fitted: the fields of `AttentionReport`.
         expert_tokens: Full path of each mixture layer -> the calibration tokens each expert read.
         base_model: Hub id of the original model; None if it was not loaded from the Hub.
         format_version: Version of the on-disk layout.
@@ -61,9 +64,11 @@ class DLLMQuantConfig(QuantizationConfigMixin):
         states_hash: str | None = None,
         attention: dict[str, dict[str, Any]] | None = None,
         coverage: dict[str, Any] | None = None,
+        cost: dict[str, int] | None = None,
         allocation: list[dict[str, Any]] | None = None,
         expert_tokens: dict[str, list[int]] | None = None,
         base_model: str | None = None,
+        attention_reports: list[dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
@@ -80,7 +85,9 @@ class DLLMQuantConfig(QuantizationConfigMixin):
         self.modules = modules
         self.attention = attention or {}
         self.coverage = coverage
+        self.cost = cost
         self.allocation = allocation or []
+        self.attention_reports = attention_reports or []
         self.expert_tokens = expert_tokens or {}
         self.base_model = base_model
         for name in modules:
@@ -144,6 +151,25 @@ def _set_fields(scheme: Grid | ActivationScheme | TransformStep) -> dict[str, An
     return {name: value for name, value in asdict(scheme).items() if name not in optional or value != optional[name]}
 
 
+def recipe_and_protocol(model: PreTrainedModel) -> tuple[str | None, str]:
+    """Returns the name of the recipe a model was quantized by and its protocol (`Recipe.protocol`), for reports.
+
+    A model that is not quantized has no recipe, and its precision instead of a protocol, such as "16-bit"; of one that
+    something else quantized, its name is told. The protocol of a recipe that this version cannot read is "unknown".
+    """
+    stored = getattr(model.config, "quantization_config", None)
+    if stored is None:
+        return None, f"{8 * model.dtype.itemsize}-bit"
+    if not isinstance(stored, DLLMQuantConfig):
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+        return None, f"quantized by {getattr(method, 'value', method)}"
+    name = str(stored.recipe.get("name", "custom"))
+    try:
+        return name, Recipe.load(stored.recipe).protocol
+    except RecipeError:
+        return name, "unknown"
+
+
 class DLLMQuantHfQuantizer(HfQuantizer):
     """Swaps packed layers in before the weights are read, and checks them afterwards."""
 
@@ -155,9 +181,7 @@ class DLLMQuantHfQuantizer(HfQuantizer):
         self._shapes: dict[str, torch.Size] = {}  # of the tensors, while they are loaded
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        adapter = registered_adapters().get(model.config.model_type)
-        if adapter is not None and adapter.arrange is not None:
-            adapter.arrange(model)
+        _arrange(model)
         for name in self.quantization_config.modules:
             grid, activation, steps = self.quantization_config.scheme(name)
             try:
@@ -188,6 +212,7 @@ class DLLMQuantHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self._check_shapes(model)
+        _arrange(model)  # again: a checkpoint of an earlier version may not hold all that an arranged model has
         for name in self.quantization_config.modules:
             packed = model.get_submodule(name)
             assert isinstance(packed, QuantLinear)
@@ -223,6 +248,12 @@ class DLLMQuantHfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Packed weights have no gradients."""
         return False
+
+
+def _arrange(model: PreTrainedModel) -> None:
+    adapter = registered_adapters().get(model.config.model_type)
+    if adapter is not None and adapter.arrange is not None:
+        adapter.arrange(model)
 
 
 def _checked(name: str, check: Callable[[], None]) -> None:

@@ -34,6 +34,7 @@ from dllmquant.decoding import (
 )
 from dllmquant.generation import generate_tokens
 from dllmquant.models import adapter_for
+from dllmquant.models.inference import inference
 
 NOTHING = -1
 """Where a step commits no token, and the first diverging step of a run that never diverges."""
@@ -346,9 +347,7 @@ def _logits(model: PreTrainedModel, batches: Sequence[StateBatch], config: AnySa
     adapter = adapter_for(model)
     denoise, mask_id = adapter.denoiser(model), adapter.mask_id(model.config)
     region = slice(-config.gen_length, None)
-    was_training = model.training
-    model.eval()
-    try:
+    with inference(model, adapter.block_list(model)):
         for batch in batches:
             ids, attended = batch.ids.to(model.device), batch.attention_mask.to(model.device)
             logits = denoise(ids, attended)[:, region]
@@ -358,8 +357,6 @@ def _logits(model: PreTrainedModel, batches: Sequence[StateBatch], config: AnySa
                 free = denoise(ids.masked_fill(prompt, mask_id), attended)[:, region]
                 logits = guide(logits, free, config.cfg_scale)
             yield logits
-    finally:
-        model.train(was_training)
 
 
 def _decisions(

@@ -206,7 +206,7 @@ def run_demo(
         {
             "model": Path(source).name,
             "baseline": baseline,
-            "protocol": "linear",
+            "protocol": ", ".join(dict.fromkeys(recipe.protocol for recipe in resolved)),
             "limit": limit,
             "seed": seed,
             "recipes": {recipe.name: recipe.to_dict() for recipe in resolved},
@@ -352,12 +352,14 @@ def _sections(
     sampler = evaluation.sampler
     recipes = [row for row in rows if row.summary]
     n = evaluation.scores[TASKS[0]].n
+    protocols = dict.fromkeys(evaluations[row.name].metadata["protocol"] for row in recipes)
     notes = [
         f"Accuracy on {n} held-out problems per task; math and code are generated ({sampler['steps']} steps for "
         f"{sampler['gen_length']} tokens in blocks of {sampler['block_length']}), qa is chosen by likelihood. "
         "The difference is in percentage points, paired by problem, with its 95% bootstrap interval.",
-        "Protocol: linear (the inputs of the quantized linear layers are quantized; attention, norms, embeddings and "
-        "head are not). bytes/weight counts codes, scales and zero points of the quantized layers.",
+        f"Protocol: {', '.join(protocols)} (weights: those of linear layers are quantized; linear: the inputs of these "
+        "layers too; +av: softmax output and values of the attention). Norms, embeddings and head are not quantized. "
+        "bytes/weight counts codes, scales and zero points of the quantized layers.",
         f"Round trip: every quantized model was saved, reloaded and evaluated from disk; "
         f"{sum(row.identical_logits or 0 for row in recipes)} logits compared with those before saving, "
         "all bit-identical.",

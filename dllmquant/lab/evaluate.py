@@ -24,8 +24,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import dllmquant
 from dllmquant.decoding.likelihood import log_likelihoods
 from dllmquant.generation import decode_completions, encode_prompts, generate_tokens
+from dllmquant.integrations.transformers import recipe_and_protocol
 from dllmquant.lab.statistics import PairedDifference, paired_difference, wilson_interval
-from dllmquant.models import adapter_for
+from dllmquant.models import ModelAdapter, adapter_for
+from dllmquant.models.inference import inference
 from dllmquant.tasks import TASKS, take
 from dllmquant.tasks.items import Item
 from dllmquant.tasks.math import extract_answer
@@ -97,9 +99,9 @@ class Evaluation:
         items: Results in the order of tasks and items.
         scores: Scores by task.
         sampler: The sampler settings the generations used, complete.
-        metadata: Versions, git sha (None outside a checkout; with `-dirty` when tracked files differ from it), seed,
-            limit, batch size, number of Monte Carlo samples, peak memory of the process in bytes (None where the
-            platform does not tell).
+        metadata: Recipe and protocol of the model (None and its precision where it is not quantized), versions, git sha
+            (None outside a checkout; with `-dirty` when tracked files differ from it), seed, limit, batch size, number
+            of Monte Carlo samples, peak memory of the process in bytes (None where the platform does not tell).
     """
 
     items: tuple[ItemResult, ...]
@@ -186,10 +188,13 @@ def evaluate(
 
     Raises:
         ValueError: A task is unknown or named twice, a number is out of range, the model is not a registered
-            diffusion LLM, a sampler setting is unknown or invalid, or the tokenizer has no EOS token.
+            diffusion LLM or has no mask token for a task that needs one, a sampler setting is unknown or invalid, or
+            the tokenizer has no EOS token.
     """
     _check(tasks, {"limit": limit, "batch_size": batch_size, "mc_num": mc_num})
-    config = adapter_for(model).sampler_config(model.config, **sampler)
+    adapter = adapter_for(model)
+    config = adapter.sampler_config(model.config, **sampler)
+    check_mask_token(tasks, adapter)
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer: it has no EOS token, so generations have no end")
     items: list[ItemResult] = []
@@ -203,7 +208,10 @@ def evaluate(
             run = _generate(model, tokenizer, problems, options)
         items += _results(task, problems, run)
         scores[task] = _score(items[-limit:], run)
+    recipe, protocol = recipe_and_protocol(model)
     metadata = {
+        "recipe": recipe,
+        "protocol": protocol,
         "dllmquant": dllmquant.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -215,6 +223,20 @@ def evaluate(
         "peak_memory_bytes": peak_memory(),
     }
     return Evaluation(tuple(items), scores, asdict(config), metadata)
+
+
+def check_mask_token(tasks: Sequence[str], adapter: ModelAdapter) -> None:
+    """Checks that a family has a mask token if a task is scored by likelihood.
+
+    Raises:
+        ValueError: It has none; the message names the tasks that are left.
+    """
+    scored = [task for task in TASKS if take(task, "heldout", 1)[0].choices]
+    if adapter.mask_token_id is None and any(task in scored for task in tasks):
+        raise ValueError(
+            f"tasks: {', '.join(scored)} is scored by likelihood, for which {adapter.model_type} has no mask token; "
+            f"valid: --tasks {','.join(task for task in TASKS if task not in scored)}"
+        )
 
 
 def compare(a: Evaluation, b: Evaluation) -> list[TaskDifference]:
@@ -297,10 +319,8 @@ def _choose(
     choices = [tokenizer(list(item.choices), add_special_tokens=False).input_ids for item in problems]
     owners = [owner for owner, ids in enumerate(choices) for _ in ids]
     pad = tokenizer.pad_token_id
-    was_training = model.training
-    model.train(False)
     start = time.perf_counter()
-    try:
+    with inference(model, adapter.block_list(model)):
         likelihoods = log_likelihoods(
             denoiser,
             list(zip([prompts[owner] for owner in owners], [row for ids in choices for row in ids], strict=True)),
@@ -313,8 +333,6 @@ def _choose(
             device=model.device,
             progress=bar,
         )
-    finally:
-        model.train(was_training)
     seconds = time.perf_counter() - start
     best = [int(values.argmax()) for values in torch.split(likelihoods, [len(ids) for ids in choices])]
     return _Run(

@@ -12,9 +12,13 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModel, PretrainedConfig
 
+from dllmquant.attention_fit import AttentionReport
+from dllmquant.calibration import Cost
 from dllmquant.calibration.experts import experts_summary
+from dllmquant.core.attention import PROBS_GRIDS
 from dllmquant.core.coverage import Coverage
 from dllmquant.core.grid import Grid
+from dllmquant.core.softmax_search import PROBS_RANGES
 from dllmquant.integrations.transformers import QUANT_METHOD, DLLMQuantConfig
 from dllmquant.lab.tables import aligned
 from dllmquant.models import adapter_for
@@ -49,7 +53,7 @@ class ActivationBits:
 
 
 def describe_checkpoint(directory: Path, config: PretrainedConfig) -> str:
-    """Describes a checkpoint for people: recipe, version and seed; layers by kind; bits; coverage; files.
+    """Describes a checkpoint for people: recipe, version and seed; layers by kind; attention; bits; coverage; files.
 
     Args:
         directory: The checkpoint.
@@ -74,6 +78,7 @@ def describe_checkpoint(directory: Path, config: PretrainedConfig) -> str:
         layers = {name: quantization.scheme(name) for name in quantization.modules}
         attention = _attention_tensors(structure, quantization)
         parts += [_layers(structure, layers, attention, sizes, directory), _attention_table(quantization)]
+        parts.append(_attention_errors(structure, quantization))
         bits, coverage = _activation_bits(structure, quantization), _coverage(quantization)
         parts += [_bits_table(bits) if bits else "", _coverage_table(coverage, recipe) if coverage else ""]
         if quantization.expert_tokens and recipe.calibration is not None:
@@ -180,6 +185,7 @@ def _facts(quantization: DLLMQuantConfig, recipe: Recipe, blocks: int) -> list[t
         ("library version", quantization.library_version),
         ("seed", str(quantization.seed)),
         ("states hash", quantization.states_hash or "none; the recipe uses no data"),
+        *([("states took", _cost(quantization.cost))] if quantization.cost is not None else []),
     ]
     schemes = _attention_schemes(quantization)
     if schemes and len(set(schemes.values())) == 1:
@@ -189,6 +195,13 @@ def _facts(quantization: DLLMQuantConfig, recipe: Recipe, blocks: int) -> list[t
         count = f"all {blocks}" if len(schemes) == blocks else f"{len(schemes)} of {blocks}"
         facts.append(("attention", f"in {count} blocks: {described}"))
     return facts
+
+
+def _cost(stored: Mapping[str, int]) -> str:
+    try:
+        return Cost.from_counts(stored).summary()
+    except ValueError as error:
+        raise ValueError(f"quantization_config.cost is malformed: {error}") from error
 
 
 _ATTENTION = ("softmax", "values", "queries and keys")
@@ -203,7 +216,9 @@ def _attended(scheme: AttentionScheme) -> tuple[str, str, str]:
     values = "token and head" if scheme.value_granularity == "token" else f"{scheme.value_granularity} (static)"
     rotated = ", rotated" if scheme.rotate_query_key else ""
     return (
-        "not quantized" if scheme.probs_bits is None else f"{scheme.probs_bits}-bit {scheme.probs_grid}",
+        "not quantized"
+        if scheme.probs_bits is None
+        else f"{scheme.probs_bits}-bit {scheme.probs_grid} (range: {scheme.probs_range})",
         "not quantized" if scheme.value_bits is None else f"{scheme.value_bits}-bit per {values}",
         "not quantized"
         if scheme.query_key_bits is None
@@ -219,6 +234,51 @@ def _attention_table(quantization: DLLMQuantConfig) -> str:
     return aligned(
         ["attention of", *_ATTENTION], [[name, *_attended(scheme)] for name, scheme in schemes.items()], left=4
     )
+
+
+def _attention_errors(structure: _Structure, quantization: DLLMQuantConfig) -> str:
+    """A row for every block whose attention was fitted: the errors of all that was tried."""
+    if not quantization.attention_reports:
+        return ""
+    try:
+        columns = _error_columns([AttentionReport(**stored) for stored in quantization.attention_reports], structure)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"quantization_config.attention_reports is malformed: {error}") from error
+    notes = {
+        "0 to 1": "softmax grids and ranges (*: in use; 0 to 1: this grid, ending at 1)",
+        "values": "static values (full range: α = 1)",
+    }
+    told = ", ".join(note for column, note in notes.items() if column in columns)
+    rows = list(zip(*columns.values(), strict=True))
+    return f"relative error of the attention output: {told}\n{aligned(list(columns), rows)}"
+
+
+def _error_columns(reports: Sequence[AttentionReport], structure: _Structure) -> dict[str, list[str]]:
+    """Cells of the errors' table by the title of their column.
+
+    Raises:
+        AttributeError, TypeError, ValueError: A report holds what fitting never writes.
+    """
+
+    def cell(error: float | None) -> str:
+        return "-" if error is None else format(error, ".3g")
+
+    known = [f"{grid} {range_}" for range_ in PROBS_RANGES for grid in PROBS_GRIDS]
+    kinds = [kind for kind in known if any(kind in report.softmax for report in reports)]
+    for report in reports:
+        if report.block not in structure.blocks:
+            raise ValueError(f"the model has no block {report.block!r}")
+        if report.chosen not in (report.softmax or (None,)):
+            raise ValueError(f"chosen: {report.chosen!r}; valid: {', '.join(report.softmax) or None}")
+    columns = {"error in block": [str(structure.blocks.index(report.block)) for report in reports]}
+    for kind in kinds:
+        columns[kind] = ["*" * (kind == report.chosen) + cell(report.softmax.get(kind)) for report in reports]
+    if kinds:
+        columns["0 to 1"] = [cell(report.softmax_full_range) for report in reports]
+    if any(report.values is not None for report in reports):
+        columns["values"] = [cell(report.values) for report in reports]
+        columns["full range"] = [cell(report.values_full_range) for report in reports]
+    return columns
 
 
 def _attention_tensors(structure: _Structure, quantization: DLLMQuantConfig) -> list[str]:

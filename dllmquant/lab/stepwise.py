@@ -5,7 +5,6 @@ forcing), so a difference at step s is the error made at s, not the consequence 
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dllmquant.decoding import StateBatch
 from dllmquant.generation import generate_tokens
 from dllmquant.models import adapter_for
+from dllmquant.models.inference import inference
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,20 +133,10 @@ def _log_probs(model: PreTrainedModel, batches: Sequence[StateBatch]) -> Iterato
     adapter = adapter_for(model)
     denoise, mask_id = adapter.denoiser(model), adapter.mask_id(model.config)
     for batch in batches:
-        with _evaluating(model):
+        with inference(model, adapter.block_list(model)):
             logits = denoise(batch.ids.to(model.device), batch.attention_mask.to(model.device))
         chosen = logits[batch.mask.to(model.device)].float().cpu()
         yield torch.cat((chosen[:, :mask_id], chosen[:, mask_id + 1 :]), dim=1).log_softmax(dim=-1)
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _curve(reference: Reference, values: Sequence[float], *, resamples: int = 1000, seed: int = 0) -> Curve:

@@ -233,6 +233,18 @@ class ModelAdapter:
                     found.append((leaf, readers))
         return found
 
+    def scalable(self, block: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
+        """Returns `pairs`, and the value projection with its reader where every channel has one reader.
+
+        Grouped value heads feed several channels of the attention output each, so these cannot be scaled one by one.
+        """
+        pairs = self.pairs(block)
+        if self.value_output is not None:
+            value, output = (block.get_submodule(name) for name in self.value_output)
+            if value.out_features == output.in_features:
+                pairs.insert(1, (self.value_output[0], (self.value_output[1],)))
+        return pairs
+
     def outputs(self, block: nn.Module) -> list[str]:
         """Returns a block's `residual_outputs`."""
         return [leaf for pattern in self.residual_outputs for leaf in _matches(block, pattern)]

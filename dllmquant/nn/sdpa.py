@@ -131,14 +131,14 @@ class AttentionInputs:
 
         Args:
             query_weights: w ≥ 0, float [batch, q].
-            real: bool [batch, k]; None takes the tokens whose query weight is positive.
+            real: bool [batch, k], False on padding; None takes every token.
             chunk: See `probabilities`.
         """
         mass = torch.zeros(self.key.shape[0], self.key.shape[2], dtype=torch.float64, device=self.key.device)
         for part in self.probabilities(chunk):
             received = torch.einsum("nqk,nq->nk", part.probabilities, query_weights[part.batch].to(part.probabilities))
             mass.index_add_(0, part.batch, received.double())
-        return normalised_interaction(mass, query_weights > 0 if real is None else real)
+        return normalised_interaction(mass, torch.ones_like(mass, dtype=torch.bool) if real is None else real)
 
 
 class Interception(TorchFunctionMode):

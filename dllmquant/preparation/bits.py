@@ -18,6 +18,7 @@ from dllmquant.core.allocate import allocate
 from dllmquant.core.iaaq import SiteErrors
 from dllmquant.models import ModelAdapter
 from dllmquant.models.experts import is_expert
+from dllmquant.models.inference import inference
 from dllmquant.nn.activation import ActivationScheme, quantize_activation
 from dllmquant.nn.transform import InputTransform
 from dllmquant.plan import Plan
@@ -128,7 +129,6 @@ class BitAllocation:
 
     def measure_logits(self, states: CalibrationStates, batch_size: int, *, progress: bool) -> None:
         """Measures, site by site, the KL divergence of the predictions at masked positions when it is quantized."""
-        denoise = self.adapter.denoiser(self.model)
         trials = [(group, *trial) for group in self.plan.groups for trial in self._trials(group)]
         totals = [0.0] * len(trials)
         starts = range(0, len(states.batch), batch_size)
@@ -138,14 +138,18 @@ class BitAllocation:
             keep = states.batch.attention_mask[rows].to(self.model.device)
             masked = states.batch.mask[rows].to(self.model.device)
             weights = states.weights[rows].to(self.model.device)[masked]
-            reference = denoise(ids, keep)[masked].float().log_softmax(-1)
+            reference = self._denoise(ids, keep)[masked].float().log_softmax(-1)
             for index, (group, _, _, scheme) in enumerate(trials):
                 with _quantized_inputs(self.model, group, scheme, self.transforms.get(group[0])):
-                    got = denoise(ids, keep)[masked].float().log_softmax(-1)
+                    got = self._denoise(ids, keep)[masked].float().log_softmax(-1)
                 divergence = (reference.exp() * (reference - got)).sum(-1)
                 totals[index] += float((divergence * weights).sum())
         for (_, unit, bits, _), total in zip(trials, totals, strict=True):
             self.errors.setdefault(unit, {})[bits] = total
+
+    def _denoise(self, ids: Tensor, keep: Tensor) -> Tensor:
+        with inference(self.model, self.adapter.block_list(self.model)):
+            return self.adapter.denoiser(self.model)(ids, keep)
 
     def allocated(self) -> tuple[dict[str, ActivationScheme | None], tuple[SiteBits, ...]]:
         """Solves the knapsack and returns every group's scheme."""

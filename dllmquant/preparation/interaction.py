@@ -36,24 +36,26 @@ def block_token_weights(
     assert recipe.calibration is not None
     size, device = recipe.calibration.batch_size, model.device
     ids, keep = states.batch.ids.to(device), states.batch.attention_mask.to(device)
-    calls = first_calls(model, blocks[0], adapter.denoiser(model), ids, keep, size)
-    queries = states.weights.to(device).split(size)
+    calls = first_calls(model, blocks, adapter.denoiser(model), ids, keep, size)
+    queries, real = states.weights.to(device).split(size), keep.split(size)
     received = []
     for block in blocks:
-        received.append(torch.cat([attention_received(block, c, w) for c, w in zip(calls, queries, strict=True)]).cpu())
+        parts = [attention_received(block, *part) for part in zip(calls, queries, real, strict=True)]
+        received.append(torch.cat(parts).cpu())
         calls = [call.following(block) for call in calls]
     return received, received if interacts else [states.weights] * len(blocks)
 
 
-def attention_received(block: nn.Module, call: BlockCall, weights: Tensor) -> Tensor:
+def attention_received(block: nn.Module, call: BlockCall, weights: Tensor, real: Tensor) -> Tensor:
     """Returns the attention each token receives in a block, [batch, length], relative to its sequence's mean.
 
     Args:
         block: The block.
         call: How it is called.
         weights: Weights of the queries [batch, length]; 0 on padding.
+        real: bool [batch, length], False on padding.
 
     Raises:
         ValueError: The block does not call scaled-dot-product attention exactly once.
     """
-    return capture_attention(block, lambda: call.run(block)).interaction(weights).float()
+    return capture_attention(block, lambda: call.run(block)).interaction(weights, real).float()

@@ -1,4 +1,4 @@
-"""Scales between producers and consumers of a block (SmoothQuant, AWQ), searched and folded into the weights."""
+"""Scales between producers and consumers of a block (SmoothQuant, AWQ, IA-AQ), found and folded into the weights."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 from dllmquant.capture import BlockCall, output_of
+from dllmquant.core.iaaq import input_scales
 from dllmquant.models import ModelAdapter
 from dllmquant.models.experts import is_expert, mixtures
 from dllmquant.plan import Plan
 from dllmquant.preparation.inputs import magnitudes, sample_tokens
-from dllmquant.settings import AWQ, SmoothQuant
+from dllmquant.settings import AWQ, IAAQ, Hadamard, SmoothQuant
 from dllmquant.transforms.awq import linear_objective, mean_magnitude, search_scales, sub_block_objective
 from dllmquant.transforms.fold import apply_scales, linear_at
 from dllmquant.transforms.smoothquant import smooth_scales
@@ -25,7 +26,7 @@ def scale_block(
     plan: Plan,
     calls: Sequence[BlockCall],
     weights: Sequence[Tensor],
-    transform: SmoothQuant | AWQ,
+    transform: SmoothQuant | AWQ | IAAQ,
     *,
     search: tuple[Sequence[BlockCall], Sequence[Tensor]],
     seed: int,
@@ -36,15 +37,16 @@ def scale_block(
         block: The block.
         prefix: Its path in the model, with the dot.
         adapter: The model's adapter.
-        plan: What is quantized; pairs whose consumers all stay in 16 bits are left alone.
+        plan: What is quantized; pairs whose consumers all stay in 16 bits are left alone, by IA-AQ also those whose
+            consumers' input is not rotated.
         calls: How the block is called, one call per batch of states.
-        weights: Per call, the token weights [batch, length].
+        weights: Per call, the token weights [batch, length]; for IA-AQ times the attention received.
         transform: The method.
         search: The calls and weights on which AWQ's "sub_block" objective is measured: fewer, since it is measured
             often.
         seed: Seed of the tokens on which AWQ's "layer" objective is measured.
     """
-    quantized = set(plan.modules)
+    quantized = _rotated(plan) if isinstance(transform, IAAQ) else set(plan.modules)
     for producer, consumers in _scale_pairs(block, adapter, transform):
         rounded = [consumer for consumer in consumers if prefix + consumer in quantized]
         if not rounded:
@@ -58,6 +60,8 @@ def scale_block(
         own = [linear_at(block, consumer).weight.detach() for consumer in rounded]
         if isinstance(transform, SmoothQuant):
             scales = smooth_scales(size.absmax, own, transform.alpha)
+        elif isinstance(transform, IAAQ):
+            scales = input_scales(size.mean_square, own)
         else:
             if transform.objective == "layer" or expert:
                 x, token_weights = sample_tokens(block, reader, calls, weights, _SAMPLES, seed)
@@ -71,6 +75,12 @@ def scale_block(
             points = transform.grid_points
             scales = search_scales(size.mean_abs, evaluate, grid_points=points, weight_mean=mean).scales
         apply_scales(block, producer, consumers, scales)
+
+
+def _rotated(plan: Plan) -> set[str]:
+    """Returns the layers whose input a Hadamard matrix rotates."""
+    groups = (group for group in plan.groups if isinstance(plan.input_transforms.get(group[0]), Hadamard))
+    return {name for group in groups for name in group}
 
 
 def _reader(block: nn.Module, linears: Sequence[nn.Module]) -> nn.Module:
@@ -106,14 +116,9 @@ def _sub_block_end(adapter: ModelAdapter, block: nn.Module, consumers: Sequence[
 
 
 def _scale_pairs(
-    block: nn.Module, adapter: ModelAdapter, transform: SmoothQuant | AWQ
+    block: nn.Module, adapter: ModelAdapter, transform: SmoothQuant | AWQ | IAAQ
 ) -> list[tuple[str, tuple[str, ...]]]:
-    """Lists (producer, consumers) a method scales: SmoothQuant norms only; AWQ linear producers as well."""
-    pairs = adapter.pairs(block)
+    """Lists (producer, consumers) a method scales: SmoothQuant norms only; the others linear producers as well."""
     if isinstance(transform, SmoothQuant):
-        return [pair for pair in pairs if not isinstance(block.get_submodule(pair[0]), nn.Linear)]
-    if adapter.value_output is not None:
-        value, output = (linear_at(block, name) for name in adapter.value_output)
-        if value.out_features == output.in_features:  # grouped value heads feed several output channels each
-            pairs.insert(1, (adapter.value_output[0], (adapter.value_output[1],)))
-    return pairs
+        return [pair for pair in adapter.pairs(block) if not isinstance(block.get_submodule(pair[0]), nn.Linear)]
+    return adapter.scalable(block)

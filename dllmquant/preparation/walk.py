@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from dllmquant.calibration import CalibrationStates
 from dllmquant.capture import BlockCall, first_calls
 from dllmquant.models import ModelAdapter
+from dllmquant.models.inference import in_float32
 from dllmquant.nn.activation import ActivationScheme
 from dllmquant.nn.transform import InputTransform
 from dllmquant.plan import Plan
@@ -25,6 +26,7 @@ from dllmquant.preparation.scaling import scale_block
 from dllmquant.recipe import Recipe
 from dllmquant.settings import (
     AWQ,
+    IAAQ,
     WUSH,
     DuQuant,
     FoldedTransforms,
@@ -34,7 +36,7 @@ from dllmquant.settings import (
     SmoothQuant,
 )
 from dllmquant.transforms.duquant import fit_duquant
-from dllmquant.transforms.fold import assert_same_function, in_float32, linear_at, probe_logits, rounding_tolerance
+from dllmquant.transforms.fold import assert_same_function, linear_at, probe_logits, rounding_tolerance
 from dllmquant.transforms.hadamard import fit_hadamard
 from dllmquant.transforms.quarot import rotate_residual, rotate_values
 from dllmquant.transforms.wush import fit_wush
@@ -42,6 +44,7 @@ from dllmquant.transforms.wush import fit_wush
 logger = logging.getLogger(__name__)
 
 _PROBE_STATES = 4  # states on which a folded transform must leave the logits as they were
+_INVERSE_ERROR = 1e-6  # of an input transform, in float64; blocks may be as ill-conditioned as `nn.transform` allows
 _SAMPLES = 512  # tokens DuQuant's rotations are fitted to
 _SEARCH_STATES = 32  # states on which AWQ's scales are searched, from all over the trajectory; its statistics use all
 
@@ -164,7 +167,7 @@ class _Walk:
             if isinstance(settings, Hadamard):
                 linear = linear_at(self.model, group[0])
                 fitted = fit_hadamard(linear.in_features, block_size=settings.block_size, seed=self.recipe.seed)
-                self.transforms[group[0]] = fitted.to(linear.weight.device)
+                self.transforms[group[0]] = _checked_inverse(group[0], settings, fitted.to(linear.weight.device))
 
     def over_blocks(self, states: CalibrationStates) -> None:
         """Runs the full-precision path block by block."""
@@ -172,7 +175,8 @@ class _Walk:
         measured = self.allocation
         if measured is not None and measured.settings.objective != "output":
             measured = None
-        measures = measured is not None
+        attends = any(isinstance(t, IAAQ) and t.interaction for t in recipe.transforms)
+        measures = measured is not None or attends
         received, self.token_weights = block_token_weights(self.model, self.adapter, recipe, states, measures=measures)
         if not (measures or recipe.transforms):
             return
@@ -181,7 +185,7 @@ class _Walk:
         ids, keep = states.batch.ids.to(device), states.batch.attention_mask.to(device)
         some = torch.arange(0, len(ids), max(1, len(ids) // _SEARCH_STATES))
         searches = any(isinstance(transform, AWQ) for transform in recipe.transforms)
-        start = functools.partial(first_calls, self.model, blocks[0], self.adapter.denoiser(self.model))
+        start = functools.partial(first_calls, self.model, blocks, self.adapter.denoiser(self.model))
         calls = start(ids, keep, size)
         search_calls = start(ids[some], keep[some], size) if searches else []
         bar = tqdm(
@@ -193,8 +197,9 @@ class _Walk:
         )
         for index, (block, groups) in bar:
             weights = self.token_weights[index].to(device).split(size)
+            attended = (states.weights * received[index]).to(device).split(size) if received else weights
             for transform in recipe.transforms:
-                if isinstance(transform, SmoothQuant | AWQ):
+                if isinstance(transform, SmoothQuant | AWQ | IAAQ):
                     prefix = f"{self.adapter.blocks}.{index}."
                     scale_block(
                         block,
@@ -202,7 +207,7 @@ class _Walk:
                         self.adapter,
                         self.plan,
                         calls,
-                        weights,
+                        attended if isinstance(transform, IAAQ) and transform.interaction else weights,
                         transform,
                         search=(search_calls, self.token_weights[index][some].to(device).split(size)),
                         seed=recipe.seed,
@@ -214,7 +219,6 @@ class _Walk:
                     if fitted is not None:
                         self.transforms[group[0]] = fitted
                 if measured is not None:
-                    attended = (states.weights * received[index]).to(device).split(size)
                     measured.measure_output(block, group, calls, attended)
             calls = [call.following(block) for call in calls]
             search_calls = [call.following(block) for call in search_calls]
@@ -247,4 +251,15 @@ class _Walk:
                 block_size=settings.block_size,
                 damping=settings.damping,
             )
-        return fitted.to(linears[0].weight.device)
+        return _checked_inverse(group[0], settings, fitted.to(linears[0].weight.device))
+
+
+def _checked_inverse(name: str, settings: InputTransformSettings, fitted: InputTransform) -> InputTransform:
+    """Returns a transform after checking that what it does to the input is undone in the weight."""
+    error = fitted.inverse_error()
+    if not error <= _INVERSE_ERROR:  # also when it is NaN
+        raise ValueError(
+            f"{name}: transform {settings.kind!r} and its inverse do not cancel: outputs deviate by {error:.2g} "
+            f"(valid: at most {_INVERSE_ERROR:g})"
+        )
+    return fitted

@@ -1,8 +1,6 @@
 """What transforms of weights share: moving channel scales between layers, and the check that nothing else changed."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -98,50 +96,6 @@ def probe_logits(
     count = keep.sum(-1, keepdim=True)
     # the CPU has room for them
     return torch.stack([denoise(ids.where(rank >= ratio * count, mask_id), attention_mask).cpu() for ratio in ratios])
-
-
-@contextmanager
-def in_float32(model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """While the context lasts, a float16 or bfloat16 model computes in float32 with the weights it has.
-
-    That leaves the rounding of weights as the only rounding to speak of: of a model in bfloat16, the logits deviate a
-    third as much after a rotation. Blocks are widened while they run, so a copy of one block is all the memory it takes
-    beside that of what lies outside the blocks.
-
-    Args:
-        model: The model; its parameters are afterwards the very tensors they were.
-        blocks: Its transformer blocks.
-    """
-    narrow = {p: p.data for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
-
-    def widen(parameters: Iterable[nn.Parameter]) -> None:
-        for parameter in parameters:
-            if parameter in narrow:
-                parameter.data = narrow[parameter].float()
-
-    def restore(parameters: Iterable[nn.Parameter]) -> None:
-        for parameter in parameters:
-            if parameter in narrow:
-                parameter.data = narrow[parameter]
-
-    def enter(block: nn.Module, _args: tuple[Any, ...]) -> None:
-        widen(block.parameters())
-
-    def leave(block: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-        restore(block.parameters())
-
-    blocks = list(blocks)
-    inside = {parameter for block in blocks for parameter in block.parameters()}
-    handles = [
-        handle for b in blocks for handle in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))
-    ]
-    try:
-        widen(parameter for parameter in narrow if parameter not in inside)
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        restore(narrow)
 
 
 def rounding_tolerance(model: nn.Module) -> float:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.linalg import hadamard
 from torch import Tensor
 
 from dllmquant.core.attention import attention_gram, quantize_probabilities
@@ -15,6 +16,7 @@ from dllmquant.core.iaaq import (
     SiteErrors,
     ValueRange,
     ValueScaleSearch,
+    input_scales,
     interaction,
     normalised_interaction,
     search_value_scales,
@@ -170,8 +172,12 @@ def test_interaction_is_the_weighted_column_mass():
     generator = torch.Generator().manual_seed(0)
     probabilities = torch.rand(2, HEADS, KEYS, KEYS, generator=generator, dtype=torch.float64).softmax(-1)
     weights = torch.rand(2, KEYS, generator=generator, dtype=torch.float64)
+    weights[:, 1] = 0  # not padding: it is read as others are
     weights[1, 4:] = 0  # padding
-    result = interaction(probabilities, weights)
+    padded = torch.ones(2, KEYS, dtype=torch.bool)
+    padded[1, 4:] = False
+    result = interaction(probabilities, weights, padded)
+    assert (result[:, 1] > 0).all()
     for item, real in enumerate((KEYS, 4)):
         mass = [
             sum(
@@ -184,7 +190,8 @@ def test_interaction_is_the_weighted_column_mass():
         expected = [m / (sum(mass) / real) for m in mass] + [0.0] * (KEYS - real)
         np.testing.assert_allclose(result[item].numpy(), expected, rtol=1e-12)
     # what batch a sequence is in and how its weights are scaled does not matter
-    torch.testing.assert_close(interaction(probabilities[1], 7 * weights[1]), result[1])
+    torch.testing.assert_close(interaction(probabilities[1], 7 * weights[1], padded[1]), result[1])
+    torch.testing.assert_close(interaction(probabilities[0], weights[0]), result[0])
 
 
 def test_interaction_by_hand():
@@ -271,3 +278,61 @@ def test_errors():
         site.add(torch.full((1, 3), torch.nan), torch.ones(1))
     with pytest.raises(ValueError, match="relative: no token with a positive weight"):
         site.relative()
+
+
+@st.composite
+def rotated_inputs(draw):
+    """Tokens [n, 8], their weights [n] and the weights [out, 8] of two layers; some channels are much larger."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    x, first, second = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (6, 5, 3))
+    gains = torch.tensor(draw(st.lists(st.sampled_from([0.1, 1.0, 64.0]), min_size=8, max_size=8)), dtype=torch.float64)
+    return x * gains, torch.rand(6, generator=generator, dtype=torch.float64), [first / gains, second]
+
+
+def rounding_energy(x: Tensor, w: Tensor, weights: list[Tensor], scales: Tensor) -> float:
+    """Σ_j w_j ‖x_j/s H‖² / Σ_j w_j times Σ_l ‖W_l diag(s) H‖², token by token, with a Hadamard matrix H of SciPy."""
+    h = torch.from_numpy(hadamard(len(scales), dtype=np.float64)) / len(scales) ** 0.5
+    tokens = sum(float(weight * ((token / scales) @ h).square().sum()) for token, weight in zip(x, w, strict=True))
+    return tokens / float(w.sum()) * sum(float(((matrix * scales) @ h).square().sum()) for matrix in weights)
+
+
+@given(rotated_inputs(), st.integers(0, 2**16))
+@settings(max_examples=50, deadline=None)
+def test_no_other_input_scales_err_less_behind_a_rotation(inputs, seed):
+    x, w, weights = inputs
+    a = (w[:, None] * x.square()).sum(0) / w.sum()
+    scales = input_scales(a, weights)
+    least = rounding_energy(x, w, weights, scales)
+    b = sum(matrix.square().sum(0) for matrix in weights)
+    assert least == pytest.approx(float((a * b).sqrt().sum()) ** 2, rel=1e-9)  # Cauchy's bound
+    generator = torch.Generator().manual_seed(seed)
+    for spread in (0.01, 1.0):
+        others = scales * (spread * torch.randn(8, generator=generator, dtype=torch.float64)).exp()
+        assert rounding_energy(x, w, weights, others) >= least * (1 - 1e-12)
+    assert float(scales.max() * scales.min()) == pytest.approx(1)
+
+
+def test_input_scales_of_idle_channels_stay_moderate():
+    a, weight = torch.tensor([0.0, 1.0, 4.0]), torch.tensor([[1.0, 1.0, 0.0]])
+    scales = input_scales(a, [weight])
+    assert scales.dtype == torch.float64
+    expected = torch.tensor([4e-8 / 1, 1.0, 4 / 1e-8], dtype=torch.float64) ** 0.25
+    assert torch.allclose(scales, expected / (expected.max() * expected.min()).sqrt())
+    for nothing in ((torch.zeros(3), [weight]), (a, [torch.zeros(2, 3)])):
+        assert torch.equal(input_scales(*nothing), torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("mean_square", "weights", "message"),
+    [
+        (torch.ones(2, 2), [torch.ones(3, 2)], "mean_square: shape"),
+        (torch.tensor([1.0, -1.0]), [torch.ones(3, 2)], "none negative"),
+        (torch.tensor([1.0, torch.nan]), [torch.ones(3, 2)], "finite"),
+        (torch.ones(2), [], "at least one"),
+        (torch.ones(2), [torch.ones(3, 3)], r"each \[out, 2\]"),
+        (torch.ones(2), [torch.full((3, 2), torch.inf)], "NaN or infinity"),
+    ],
+)
+def test_input_scales_refuse(mean_square, weights, message):
+    with pytest.raises(ValueError, match=message):
+        input_scales(mean_square, weights)

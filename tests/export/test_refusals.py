@@ -80,7 +80,7 @@ def test_channels_that_fill_no_words(tmp_path):
 
 def test_layers_skipped_in_some_blocks_in_gptq(tmp_path):
     assert refusal(quantized("rtn-w4a16", skip=["*.0.q_proj"]), "gptq", tmp_path) == (
-        "format: 'gptq' cannot express that q_proj is quantized in 1 of 2 blocks only; "
+        "format: 'gptq' cannot express that q_proj is quantized in 1 of the 2 blocks that have it; "
         "skip it in all of them or in none"
     )
 

@@ -494,6 +494,10 @@ def test_presets() -> None:
         find_preset("qdlm")
 
 
+# Solved examples before a problem: lm-eval's option, so no preset holds them.
+SHOTS = {"qdlm-qa": 0, "qdlm-mmlu": 5, "qdlm-gsm8k": 4, "qdlm-math": 0, "qdlm-humaneval": 0, "qdlm-mbpp": 3}
+
+
 def test_the_docs_list_the_presets() -> None:
     page = (Path(__file__).parents[2] / "docs" / "ecosystem.md").read_text(encoding="utf-8")
     for name, preset in PRESETS.items():
@@ -501,7 +505,7 @@ def test_the_docs_list_the_presets() -> None:
             str(preset.sampler[key]) for key in ("gen_length", "steps", "block_length") if preset.sampler
         )
         masks = "" if preset.sampler else str(preset.mc_num)
-        cells = (f"`{name}`", f"`{','.join(preset.tasks)}`", str(preset.num_fewshot), lengths, masks)
+        cells = (f"`{name}`", f"`{','.join(preset.tasks)}`", str(SHOTS[name]), lengths, masks)
         assert re.sub(" +", " ", f"| {' | '.join(cells)} |") in page
 
 
@@ -549,10 +553,13 @@ def test_quantized_checkpoints_and_others(tmp_path: Path) -> None:
     quantized = dllmquant.DLLMQuantizer("rtn-w8a8").quantize(model, tokenizer=tokenizer, progress=False)
     quantized.save_pretrained(tmp_path / "quantized")
     tokenizer.save_pretrained(tmp_path / "quantized")
+    names = {plain: (None, "32-bit"), tmp_path / "quantized": ("rtn-w8a8", "linear")}
     for path, expected in ((plain, tiny_llada()), (tmp_path / "quantized", quantized)):
         lm = DLLMQuantLM.create_from_arg_string(f"pretrained={path},dtype=float32,batch_size=3", {"batch_size": 1})
         assert lm.batch_size == 3
         assert generated(lm, CONTEXTS) == dllmquant.generate(expected, tokenizer, CONTEXTS)
+        info = lm.get_model_info()["dllmquant"]
+        assert (info["recipe"], info["protocol"]) == names[path]
 
 
 def test_lm_evals_first_gpu_may_be_the_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -728,7 +735,7 @@ def run_shipped(
     results = simple_evaluate(
         DLLMQuantLM(lm.model, lm.tokenizer, preset=f"qdlm-{name}", max_length=20000),
         tasks=[name],
-        num_fewshot=preset.num_fewshot,
+        num_fewshot=SHOTS[f"qdlm-{name}"],
         task_manager=TaskManager(include_path=str(directory), include_defaults=False),
         bootstrap_iters=0,
         confirm_run_unsafe_code=True,

@@ -50,6 +50,7 @@ def test_numbers_are_the_checkpoints(model):
         zip(config.coverage["states"], config.coverage["recorded"], strict=True), start=1
     ):
         assert cells(text, str(segment)) == [f"{have} of {of}" for have, of in zip(states, recorded, strict=True)]
+    assert "They took {prompts} prompts, {forward_passes} forward passes, ".format(**config.cost) in text
     (written,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert Recipe.load(yaml.safe_load(written)) == Recipe.load(tiny_recipe())
     assert Recipe.load(tiny_recipe()).summary() in text

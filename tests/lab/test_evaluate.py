@@ -15,16 +15,19 @@ import transformers
 from scipy import stats
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import GPTQConfig, PreTrainedTokenizerFast
 from transformers.modeling_outputs import MaskedLMOutput
+from typer.testing import CliRunner
 
 import dllmquant
+from dllmquant import DLLMQuantizer
+from dllmquant.cli.app import app
 from dllmquant.generation import generate_tokens
 from dllmquant.lab import evaluate as module
 from dllmquant.lab.evaluate import Evaluation, ItemResult, TaskDifference, compare, evaluate
 from dllmquant.models.llada import LLaDAModelLM
 from dllmquant.tasks import take
-from tests.tiny import tiny_llada, tiny_tokenizer
+from tests.tiny import tiny_diffusion_gemma, tiny_llada, tiny_tokenizer
 
 SAMPLER: dict[str, Any] = {"gen_length": 32, "block_length": 16, "steps": 8}
 
@@ -219,6 +222,27 @@ def test_settings_and_metadata(both: Evaluation) -> None:
     assert both.metadata["git_sha"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", both.metadata["git_sha"])
 
 
+def test_recipe_and_protocol_are_named(
+    both: Evaluation, model: LLaDAModelLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    def named(measured: Any) -> tuple[str | None, str]:
+        run = evaluate(measured, tokenizer, ["qa"], limit=1, mc_num=1, progress=False, **SAMPLER)
+        run.save(tmp_path / "run.json")
+        metadata = Evaluation.load(tmp_path / "run.json").metadata
+        return metadata["recipe"], metadata["protocol"]
+
+    assert (both.metadata["recipe"], both.metadata["protocol"]) == (None, "32-bit")
+    assert named(copy.deepcopy(model).bfloat16()) == (None, "16-bit")
+    recipe = {"extends": "rtn-w4a4", "name": "mine", "weights": {"group_size": 16}, "attention": {"probs_bits": None}}
+    quantized = DLLMQuantizer(recipe).quantize(copy.deepcopy(model), progress=False)
+    assert named(quantized) == ("mine", "linear+v")
+    quantized.config.quantization_config.recipe = {"name": "later", "novelty": 1}
+    assert named(quantized) == ("later", "unknown")
+    for stored in ({"quant_method": "gptq"}, GPTQConfig(bits=4)):
+        quantized.config.quantization_config = stored
+        assert named(quantized) == (None, "quantized by gptq")
+
+
 def test_the_seed_chooses_items_and_noise(
     model: LLaDAModelLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +301,21 @@ def test_progress(tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixt
 def test_invalid_arguments(tasks: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):  # nothing touches the model before the arguments are checked
         evaluate(None, None, tasks, **options)  # type: ignore[arg-type]
+
+
+def test_without_a_mask_token_the_message_names_the_other_tasks(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = tiny_diffusion_gemma()
+    message = "tasks: qa is scored by likelihood, for which diffusion_gemma has no mask token; valid: --tasks math,code"
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, tokenizer, ["math", "qa"], limit=2, progress=False)
+    run = evaluate(model, tokenizer, ["math", "code"], limit=2, progress=False)
+    assert list(run.scores) == ["math", "code"]
+    model.config.save_pretrained(tmp_path)  # the command finds out before it reads weights, of which there are none
+    result = CliRunner().invoke(app, ["eval", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "--tasks math,code" in " ".join(result.output.split())
 
 
 def test_invalid_sampler(tokenizer: PreTrainedTokenizerFast) -> None:

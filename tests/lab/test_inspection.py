@@ -34,7 +34,7 @@ RICH = tiny_recipe(
     transforms=[
         {"kind": "wush", "block_size": 8, "sites": ["ff_out"]},
         {"kind": "duquant", "block_size": 16, "steps": 4, "sites": ["q_proj"]},
-        {"kind": "hadamard", "block_size": 16, "sites": ["attn_out"]},
+        {"kind": "hadamard", "block_size": 8, "sites": ["attn_out"]},
     ],
     attention={
         "value_bits": 8,
@@ -90,9 +90,11 @@ def test_facts(text: str, stored: dict[str, Any]) -> None:
         "family:          llada",
         "quantized:       yes, layout version 1",
         "recipe:          rich (W2A4",
-        "protocol:        linear+av",
+        "protocol:        linear+av+qk\n",
         f"states hash:     {stored['states_hash']}",
-        "attention:       in all 2 blocks: softmax 4-bit uniform, values 8-bit per channel (static), "
+        "states took:     {prompts:,} prompts, {forward_passes:,} forward passes, {sequences:,} sequences, "
+        "{tokens:,} tokens\n".format(**stored["cost"]),
+        "attention:       in all 2 blocks: softmax 4-bit uniform (range: fixed), values 8-bit per channel (static), "
         "queries and keys 8-bit per token and head, rotated",
     ):
         assert fact in text
@@ -141,7 +143,7 @@ def test_input_transforms(text: str) -> None:
         assert told[kind][-2] == f"{duquant:,}"
     assert told["ff_out"][3] == "block 8"
     assert told["ff_out"][-2] == f"{2 * 4 * 8 * 8 * 8:,}"
-    assert (told["attn_out"][3], told["attn_out"][-2]) == ("hadamard 16", "0")
+    assert (told["attn_out"][3], told["attn_out"][-2]) == ("hadamard 8", "0")
     assert (told["ff_proj"][3], told["ff_proj"][-2]) == ("none", "0")
     assert told["all"][-2] == f"{3 * duquant + 2 * 4 * 8 * 8 * 8:,}"
 
@@ -244,6 +246,7 @@ def test_attention_that_differs_between_blocks(rich: Path, tmp_path: Path) -> No
     def change(q: dict[str, Any]) -> None:
         q["attention"][f"{BLOCKS}.1"]["scheme"] |= {
             "probs_grid": "log2",
+            "probs_range": "row",
             "query_key_bits": None,
             "rotate_query_key": False,
         }
@@ -252,14 +255,71 @@ def test_attention_that_differs_between_blocks(rich: Path, tmp_path: Path) -> No
     assert "\nattention:" not in text
     values = "8-bit per channel (static)"
     assert section(text, "attention of") == [
-        [f"{BLOCKS}.0", "4-bit uniform", values, "8-bit per token and head, rotated"],
-        [f"{BLOCKS}.1", "4-bit log2", values, "not quantized"],
+        [f"{BLOCKS}.0", "4-bit uniform (range: fixed)", values, "8-bit per token and head, rotated"],
+        [f"{BLOCKS}.1", "4-bit log2 (range: row)", values, "not quantized"],
     ]
 
     def part(q: dict[str, Any]) -> None:
         del q["attention"][f"{BLOCKS}.1"]
 
     assert "attention:       in 1 of 2 blocks: softmax" in described(changed(rich, tmp_path, part))
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything about the attention was searched."""
+    attention = {"probs_grid": "search", "probs_range": "search", "value_granularity": "head", "search": True}
+    return saved(tmp_path_factory.mktemp("inspection") / "searched", tiny_recipe(attention=attention))
+
+
+def test_errors_of_the_attention_are_those_that_were_found(searched: Path) -> None:
+    config = json.loads((searched / "config.json").read_text())["quantization_config"]
+    reports, text = config["attention_reports"], described(searched)
+    kinds = [f"{grid} {kind}" for kind in ("fixed", "row") for grid in ("uniform", "log2", "log_sqrt2")]
+    title = r"\s{2,}".join(["error in block", *kinds, "0 to 1", "values", "full range"])
+    assert re.search(f"^{title}$", text, re.MULTILINE)
+    rows = section(text, "error in block")
+    assert len(rows) == len(reports) == 2
+    for block, (row, report) in enumerate(zip(rows, reports, strict=True)):
+        assert report["block"] == f"{BLOCKS}.{block}"
+        scheme = config["attention"][report["block"]]["scheme"]
+        assert report["chosen"] == f"{scheme['probs_grid']} {scheme['probs_range']}"
+        cells = [f"{'*' if kind == report['chosen'] else ''}{report['softmax'][kind]:.3g}" for kind in kinds]
+        rest = [f"{report[name]:.3g}" for name in ("softmax_full_range", "values", "values_full_range")]
+        assert row == [str(block), *cells, *rest]
+        assert min(report["softmax"], key=report["softmax"].get) == report["chosen"]
+
+
+def test_errors_of_values_alone(text: str, stored: dict[str, Any]) -> None:
+    """The rich recipe's values are static, but nothing is searched."""
+    for row, report in zip(section(text, "error in block"), stored["attention_reports"], strict=True):
+        assert row[1:] == [f"{report['values']:.3g}"] * 2
+    assert "relative error of the attention output: static values (full range: α = 1)\n" in text
+
+
+def test_checkpoints_of_before_there_were_reports(searched: Path, tmp_path: Path) -> None:
+    changed(searched, tmp_path, lambda q: q.pop("attention_reports"))
+    assert "error in block" not in described(tmp_path)
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        assert torch.equal(*(AutoModel.from_pretrained(path)(ids).logits for path in (searched, tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block": "x"}, "the model has no block 'x'"),
+        ({"chosen": "x"}, "chosen: 'x'; valid: "),
+        ({"chosen": None}, "chosen: None; valid: "),
+        ({"values": "x"}, "Unknown format code|Invalid format"),
+        ({"extra": 1}, "unexpected keyword argument 'extra'"),
+        ({"softmax": None}, ""),
+    ],
+)
+def test_malformed_reports(searched: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    changed(searched, tmp_path, lambda q: q["attention_reports"][0].update(change))
+    with pytest.raises(ValueError, match=f"attention_reports is malformed: .*(?:{message})"):
+        described(tmp_path)
 
 
 def test_a_recipe_without_extras(tmp_path: Path) -> None:
@@ -299,6 +359,7 @@ def test_a_model_that_is_not_quantized_has_no_maps(tmp_path: Path) -> None:
         (lambda q: q["allocation"][0].pop("bits"), "allocation is malformed"),
         (lambda q: q["coverage"].pop("states"), "coverage is malformed: coverage: keys"),
         (lambda q: q.update(coverage=[1]), "coverage is malformed"),
+        (lambda q: q["cost"].pop("tokens"), "quantization_config.cost is malformed: cost: "),
     ],
 )
 def test_malformed_configurations(

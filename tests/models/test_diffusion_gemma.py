@@ -1,6 +1,7 @@
 """DiffusionGemma: transformers' own model, rearranged, run in one pass, quantized, saved, read back, generating."""
 
 import copy
+import inspect
 import math
 import os
 import subprocess
@@ -75,16 +76,17 @@ def states(length: int, *, padding: tuple[int, ...] = (0, 3, 9)) -> tuple[Tensor
 @torch.no_grad()
 def reference(model: Any, ids: Tensor, keep: Tensor, previous: Tensor | None, *, chunks: int = 1) -> Any:
     """What transformers computes: the encoder fills its cache, in several calls as in `generate`, the decoder reads."""
-    cache, context, start = DynamicCache(config=model.config.text_config), ids.shape[1] - SIZE, 0
+    filled, context, start = DynamicCache(config=model.config.text_config), ids.shape[1] - SIZE, 0
+    # transformers calls the argument "cache" from 5.24 on.
+    own = inspect.signature(model.forward).parameters
+    cache = {"cache" if "cache" in own else "past_key_values": filled}
     for part in ids[:, :context].tensor_split(chunks, dim=1):
         end = start + part.shape[1]
         positions = torch.arange(start, end)[None]
-        encoded = model.model.encoder(
-            input_ids=part, attention_mask=keep[:, :end], past_key_values=cache, position_ids=positions
-        )
+        encoded = model.model.encoder(input_ids=part, attention_mask=keep[:, :end], position_ids=positions, **cache)
         start = end
     decoded = model(
-        past_key_values=cache,
+        **cache,
         decoder_input_ids=ids[:, context:],
         decoder_attention_mask=keep,
         self_conditioning_logits=previous,
@@ -252,7 +254,7 @@ def test_a_layer_reads_what_encoder_and_decoder_give_it() -> None:
     for handle in handles:
         handle.remove()
     with torch.no_grad():
-        (call,) = first_calls(model, blocks[0], adapter.denoiser(model), ids, keep, 2)
+        (call,) = first_calls(model, blocks, adapter.denoiser(model), ids, keep, 2)
         for index, block in enumerate(blocks):
             for leaf in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
                 found = inputs_of(block, [block.get_submodule(leaf)], call, torch.ones(ids.shape))

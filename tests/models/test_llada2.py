@@ -197,7 +197,7 @@ def test_every_block_calls_attention_once_and_can_be_intercepted(padded: bool) -
         model(input_ids=ids, attention_mask=keep)
 
     for block in registered_adapters()["llada2_moe"].block_list(model):
-        call = capture_block_call(model, block, forward)
+        call = capture_block_call(model, [block], forward)
         seen = capture_attention(block, lambda block=block, call=call: call.run(block))  # type: ignore[misc]
         assert seen.query.shape == seen.key.shape == seen.value.shape == (2, 4, LENGTH, 8)
         assert torch.equal(seen.value[:, 0::2], seen.value[:, 1::2])  # two query heads share each value head

@@ -194,7 +194,7 @@ def test_every_block_calls_attention_once_and_can_be_intercepted(tiny: Any, fami
         model(input_ids=ids)
 
     for block in registered_adapters()[family].block_list(model):
-        call = capture_block_call(model, block, forward)
+        call = capture_block_call(model, [block], forward)
         assert "shown" not in call.kwargs
         seen = capture_attention(block, lambda block=block, call=call: call.run(block))  # type: ignore[misc]
         assert seen.query.shape == seen.key.shape == seen.value.shape == (2, 4, LENGTH, 8)

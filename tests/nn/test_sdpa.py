@@ -113,13 +113,15 @@ def test_interaction_of_chunks(chunk):
     q, k, v = (normal(BATCH, HEADS, KEYS, WIDTH, seed=seed) for seed in range(3))
     weights = torch.rand(BATCH, KEYS, generator=torch.Generator().manual_seed(0)).double()
     weights[1, :2] = 0
-    mask = weights[:, None, None] > 0
+    real = weights > 0
+    weights[0, 3] = 0  # a real token all the same
+    mask = real[:, None, None]
     inputs = AttentionInputs.of_call(q, k, v, mask)
-    scores = (q @ k.mT / WIDTH**0.5).masked_fill(~mask, -torch.inf)
-    expected = interaction(scores.softmax(-1), weights)
-    torch.testing.assert_close(inputs.interaction(weights, chunk=chunk), expected)
-    real = torch.ones(BATCH, KEYS, dtype=torch.bool)
-    torch.testing.assert_close(inputs.interaction(weights, real, chunk), interaction(scores.softmax(-1), weights, real))
+    probabilities = (q @ k.mT / WIDTH**0.5).masked_fill(~mask, -torch.inf).softmax(-1)
+    received = inputs.interaction(weights, real, chunk)
+    torch.testing.assert_close(received, interaction(probabilities, weights, real))
+    assert ((received > 0) == real).all()
+    torch.testing.assert_close(inputs.interaction(weights, chunk=chunk), interaction(probabilities, weights))
 
 
 class Block(nn.Module):

@@ -1,6 +1,5 @@
 """Scales move without changing the function, and the check of a function notices when something does."""
 
-import copy
 import math
 
 import pytest
@@ -13,7 +12,6 @@ from dllmquant.transforms.fold import (
     apply_scales,
     assert_same_function,
     at_least,
-    in_float32,
     linear_at,
     probe_logits,
     rounding_tolerance,
@@ -167,44 +165,3 @@ def test_logits_that_are_not_finite_are_an_error(bad):
 def test_the_tolerance_is_that_of_the_coarsest_parameter(dtype):
     model = nn.Sequential(nn.Linear(2, 2).double(), nn.Linear(2, 2).to(dtype))
     assert rounding_tolerance(model) == torch.finfo(dtype).eps ** 0.5
-
-
-@pytest.mark.parametrize("weight_tying", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_narrow_model_computes_in_float32_for_a_while(dtype, weight_tying):
-    model = tiny_model(dtype=dtype, include_bias=True, weight_tying=weight_tying)
-    expected = logits_of(copy.deepcopy(model).float())
-    before, tensors = logits_of(model), [p.data_ptr() for p in model.parameters()]
-    for _ in range(2):
-        with in_float32(model, adapter_for(model).block_list(model)):
-            wide = logits_of(model)
-        assert torch.equal(wide, expected)
-        assert wide.dtype == torch.float32
-        assert torch.equal(logits_of(model), before)
-        assert [p.data_ptr() for p in model.parameters()] == tensors
-    assert before.dtype == dtype
-
-
-def test_blocks_are_widened_only_while_they_run():
-    model = tiny_model(dtype=torch.bfloat16)
-    blocks, seen = adapter_for(model).block_list(model), []
-    with in_float32(model, blocks):
-        for block in blocks:
-            block.ff_norm.register_forward_hook(lambda *_: seen.append([b.up_proj.weight.dtype for b in blocks]))
-        logits_of(model)
-    assert seen[:2] == [[torch.float32, torch.bfloat16], [torch.bfloat16, torch.float32]]
-
-
-def test_a_failing_pass_leaves_the_model_narrow():
-    model = tiny_model(dtype=torch.bfloat16)
-    blocks = adapter_for(model).block_list(model)
-    with pytest.raises(TypeError), in_float32(model, blocks):
-        blocks[0](torch.zeros(1, 2, 16))
-    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
-
-
-def test_wide_models_are_left_alone():
-    model = tiny_model(dtype=torch.float64)
-    with in_float32(model, adapter_for(model).block_list(model)):
-        assert logits_of(model).dtype == torch.float64

@@ -1,9 +1,10 @@
 """Closed loop: states of the *quantized* model's own denoising runs.
 
 The error of a step contains that of the steps before it (DLLMQuant, arXiv 2508.14090), so a quantized model decodes
-through states that the original never visits. A second pass calibrates on them: quantize a copy of the original, record
-the copy, quantize the original again with its states. Only the recording model differs from `trajectory_states`; the
-confidences are those of the quantized model too.
+through states that the original never visits. A second pass calibrates on them: quantize the original, record the
+quantized model, and quantize the original once more with these states. Everything that is fitted to states is fitted
+anew, from the original weights: transforms, activation bits and solvers; nothing is left of the first pass but the
+states. Only the recording model differs from `trajectory_states`; the confidences are those of the quantized model too.
 """
 
 from collections.abc import Sequence

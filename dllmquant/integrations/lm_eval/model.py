@@ -24,6 +24,7 @@ from dllmquant.generation import generate_from_ids
 from dllmquant.integrations.lm_eval.loading import load
 from dllmquant.integrations.lm_eval.requests import GenerationOptions, cut_at_stops, read_options
 from dllmquant.integrations.lm_eval.scoring import GreedyCheck, Pair, Scorer
+from dllmquant.integrations.transformers import recipe_and_protocol
 from dllmquant.models import adapter_for
 from dllmquant.models.inference import inference
 from dllmquant.presets import Preset, find_preset
@@ -96,13 +97,15 @@ class DLLMQuantLM(TemplateLM):  # type: ignore[misc] # lm-eval carries no types
             confident first, as in LLaDA's evaluation; with "skip", nothing: it is False.
         max_length: Longest sequence of prompt and target or canvas, in tokens; the model's own if not given. Prompts
             are cut on the left.
-        trust_remote_code: lm-eval's flag, meant for data sets; the model families here need none.
+        revision: Branch, tag or commit of the hub id that `pretrained` is; of its tokenizer too.
+        trust_remote_code: Whether Python code that model or tokenizer bring along may be executed. The families here
+            need none; lm-eval's option of this name sets it.
         **sampler: Fields of the family's sampler configuration: `steps`, `gen_length`, `block_length`, `temperature`,
             `cfg_scale` (used for likelihoods too), `remasking`, `threshold`, ...
 
     Raises:
-        ValueError: The model is not a registered diffusion LLM, its tokenizer has no EOS token, or an argument is
-            unknown or out of range.
+        ValueError: The model is not a registered diffusion LLM, its tokenizer has no EOS token, its configuration
+            names no length and `max_length` is not given, or an argument is unknown or out of range.
     """
 
     def __init__(
@@ -118,6 +121,7 @@ class DLLMQuantLM(TemplateLM):  # type: ignore[misc] # lm-eval carries no types
         seed: int = 0,
         greedy_check: GreedyCheck = "one_step",
         max_length: int | None = None,
+        revision: str | None = None,
         trust_remote_code: bool = False,
         **sampler: Any,
     ) -> None:
@@ -130,7 +134,14 @@ class DLLMQuantLM(TemplateLM):  # type: ignore[misc] # lm-eval carries no types
         self.seed = seed
         self.batch_size = _count("batch_size", batch_size)
         self.mc_num = _count("mc_num", protocol.mc_num if mc_num is None else mc_num)
-        self.model, self.tokenizer = load(pretrained, tokenizer, dtype, device)
+        self.model, self.tokenizer = load(
+            pretrained,
+            tokenizer,
+            dtype,
+            device,
+            revision=None if revision is None else str(revision),  # lm-eval reads digits as a number
+            trust_remote_code=trust_remote_code,
+        )
         if self.tokenizer.eos_token_id is None:
             raise ValueError("tokenizer: it has no EOS token, so generations have no end")
         self._device = self.model.device
@@ -140,8 +151,7 @@ class DLLMQuantLM(TemplateLM):  # type: ignore[misc] # lm-eval carries no types
         # Without a canvas of its own, a run takes its steps and blocks together with what the tasks ask for.
         whole = "gen_length" in self._chosen
         self._adapter.sampler_config(self.model.config, **(self._chosen if whole else dict.fromkeys(sampler)))
-        own_length = self.model.config.max_position_embeddings
-        self.max_length = _count("max_length", own_length if max_length is None else max_length)
+        self.max_length = _count("max_length", self._own_length() if max_length is None else max_length)
         self._added_tokens = self.tokenizer.get_added_vocab()
         self._ends = {self.eot_token_id, self._added_tokens.get(self._adapter.eot_token, self.eot_token_id)}
         self.tally = _Tally()
@@ -159,6 +169,16 @@ class DLLMQuantLM(TemplateLM):  # type: ignore[misc] # lm-eval carries no types
     ) -> "DLLMQuantLM":
         """Builds the model from `key=value,key=value`, which come before what lm-eval's own options say."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    def _own_length(self) -> int:
+        """The longest sequence that the model's configuration declares."""
+        length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if length is None:
+            raise ValueError(
+                "max_length is None; valid: an integer of at least 1, because the model's configuration has no "
+                "max_position_embeddings"
+            )
+        return int(length)
 
     # What lm-eval asks of a model's tokenizer
 
@@ -201,8 +221,11 @@ class DLLMQuantLM(TemplateLM):  # type: ignore[misc] # lm-eval carries no types
         """Says what the results depend on and what they cost, for lm-eval's `config`; complete after a run."""
         tally = asdict(self.tally)
         rate = self.tally.truncated / self.tally.generations if self.tally.generations else None
+        recipe, protocol = recipe_and_protocol(self.model)
         settings = {
             "version": __version__,
+            "recipe": recipe,
+            "protocol": protocol,
             "preset": self.preset,
             "checkpoint_sampler": asdict(self._default),
             "sampler": self._chosen,

@@ -8,7 +8,8 @@ Deviation from the published code: queries and keys are rotated in float32 whate
 rounds the rotary tables to it.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -84,6 +85,7 @@ class DreamModel(NativeModel):
     base_model_prefix = "model"
     _no_split_modules = ["DreamBlock"]  # noqa: RUF012 - declared so by the base class
     _supports_sdpa = True
+    diffusion_generate: ClassVar[Callable[..., Any]]  # dllmquant.models.dream.generation attaches it
 
     def __init__(self, config: DreamConfig) -> None:
         super().__init__(config)
