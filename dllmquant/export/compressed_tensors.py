@@ -13,10 +13,11 @@ cannot read packed zero points (compressed-tensors 0.20). Scales are stored in f
 
 How activations are rounded is up to the reader. The compressed-tensors package simulates them with the step
 absmax/127.5, as ours have with `full_range`; without it they have the step absmax/127 of vLLM's kernels, and the logits
-differ by the rounding of inputs.
+differ by the rounding of inputs, of which a warning is logged.
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ from dllmquant.nn.linear import QuantLinear
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
+
+logger = logging.getLogger(__name__)
 
 _FORM = "compressed-tensors"
 
@@ -54,7 +57,15 @@ def export_compressed_tensors(model: PreTrainedModel, directory: Path) -> None:
 
     content = Content.of(model)
     content.check(_FORM, irregular_grid, _activation)
-    scheme = _scheme(content.same_scheme(_FORM))
+    layer = content.same_scheme(_FORM)
+    if layer.activation is not None and not layer.activation.full_range:
+        logger.warning(
+            "format: %r: logits will differ slightly from this model's where transformers computes them: it rounds "
+            "activations in steps of absmax/127.5, this model in steps of absmax/127, as vLLM does; for equal logits "
+            "quantize with activations.full_range: true",
+            _FORM,
+        )
+    scheme = _scheme(layer)
     compressor = BaseCompressor.get_value_from_registry(scheme.format)
 
     def compressed(layer: QuantLinear) -> dict[str, Tensor]:

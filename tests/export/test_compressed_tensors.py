@@ -39,6 +39,7 @@ WEIGHT_ONLY: dict[str, Callable[[], PreTrainedModel]] = {
 WITH_ACTIVATIONS: dict[str, Callable[[], PreTrainedModel]] = {
     "rtn-w8a8": lambda: quantized("rtn-w8a8"),
     "smoothquant-w8a8": lambda: quantized("smoothquant-w8a8", calibrated=True),
+    "rtn-w4a8, full range": lambda: quantized("rtn-w4a8", activations={"full_range": True}),
 }
 OTHER_STEPS: dict[str, Callable[[], PreTrainedModel]] = {
     "rtn-w4a8": lambda: quantized("rtn-w4a8"),
@@ -104,6 +105,17 @@ def test_logits_with_other_steps_differ_by_the_readers_rounding_alone(name, load
     assert torch.equal(loaded[name].logits, theirs)
     assert not torch.equal(ours, theirs)
     assert nmse(theirs, ours) < 2e-3
+
+
+WARNS = {"rtn-w4a16": False, "rtn-w8a8": False, "rtn-w4a8": True, "vLLM's step": True, "rtn-w4a8, full range": False}
+
+
+@pytest.mark.parametrize("name", WARNS)
+def test_of_other_steps_than_the_readers_it_warns(name, models, tmp_path, caplog):
+    export_model(models[name], tmp_path, "compressed-tensors")
+    ours = [record for record in caplog.records if record.name.startswith("dllmquant")]
+    assert [record.levelname for record in ours] == ["WARNING"] * WARNS[name]
+    assert all("activations.full_range: true" in record.getMessage() for record in ours)
 
 
 @pytest.mark.parametrize(
