@@ -695,7 +695,9 @@ MUTANTS = [
     Mutant("impossible-tokens-drawn", "decoding/ranking", "right=True", "right=False"),
     Mutant("empty-steps-run", "decoding/timesteps", "canvas.view(counts > 0)", "canvas.view(counts >= 0)"),
     Mutant("origin-keeps-instead", "decoding/timesteps", "(noise < fraction)", "(noise > fraction)"),
-    Mutant("staged-beside-the-target", "atomic", "dir=directory))", "dir=directory.parent))", "tests/test_checkpoint.py"),
+    Mutant(
+        "staged-beside-the-target", "atomic", "dir=directory))", "dir=directory.parent))", "tests/test_checkpoint.py"
+    ),
     Mutant("old-files-back-in-order", "atomic", "in reversed(moves)", "in moves", "tests/test_checkpoint.py"),
     Mutant("gptq-zero-not-shifted", "export/gptq", "(zero - 1).T", "zero.T"),
     Mutant("gptq-zero-of-0-wraps", "export/gptq", "weight.zero == 0", "weight.zero < 0"),
