@@ -9,7 +9,7 @@ from optimum.quantization_base import OptimumQuantizer
 from transformers import AutoModel, AutoTokenizer
 
 from dllmquant import DLLMQuantizer, Recipe
-from tests.tiny import save_tiny, tiny_llada, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_llada, tiny_recipe, tiny_tokenizer
 
 RTN = {"name": "tiny-rtn", "weights": {"solver": "rtn", "bits": 3, "group_size": 16}, "calibration": None}
 IDS = torch.arange(2, 14)[None]
@@ -101,9 +101,15 @@ def test_a_tokenizer_may_be_a_path(source):
 def test_a_missing_tokenizer_is_found_before_the_work(tmp_path):
     model = tiny_llada()
     with pytest.raises(ValueError, match=r"tokenizer: the model was not loaded from a checkpoint"):
-        DLLMQuantizer(RTN).quantize(model, save_dir=tmp_path / "out", progress=False)
+        DLLMQuantizer(tiny_recipe()).quantize(model, save_dir=tmp_path / "out", progress=False)
     assert torch.equal(logits(model), logits(tiny_llada()))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_without_data_needs_no_tokenizer(tmp_path, caplog):
+    model = DLLMQuantizer(RTN).quantize(tiny_llada(), save_dir=tmp_path / "out", progress=False)
+    assert torch.equal(logits(model), logits(AutoModel.from_pretrained(tmp_path / "out")))
+    assert "gets no tokenizer: " in caplog.text
 
 
 def test_save_writes_shards_tokenizer_and_card(source, tmp_path):
