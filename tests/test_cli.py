@@ -358,6 +358,25 @@ def test_quantize_makes_what_python_makes(
     assert f"wrote {output} ({(output / 'model.safetensors').stat().st_size:,} bytes of weights)" in text
 
 
+def test_quantize_saves_in_a_format_of_others(model: Path, tmp_path: Path) -> None:
+    for recipe, format, target in (("rtn-w4a16", None, "own"), ("rtn-w4a16", "dequantized", "other")):
+        options = [] if format is None else ["--format", format]
+        text = succeeds("quantize", model, "--recipe", recipe, "--output", tmp_path / target, *options)
+        assert f"wrote {tmp_path / target}" in text
+    succeeds("export", tmp_path / "own", "--format", "dequantized", "--output", tmp_path / "exported")
+    for path in (tmp_path / "exported").iterdir():
+        assert (tmp_path / "other" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_format_that_refuses_a_model_does_not_lose_it(model: Path, tmp_path: Path) -> None:
+    message = fails("quantize", model, "--recipe", "rtn-w4a4", "--output", tmp_path / "out", "--format", "gptq")
+    assert message.endswith(f"The quantized model is in {tmp_path / 'out'}, in dllmquant's own format")
+    assert "activations" in message
+    reloaded = AutoModel.from_pretrained(tmp_path / "out")
+    assert reloaded.config.quantization_config.recipe["name"] == "rtn-w4a4"
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
 def test_quantize_replaces_a_checkpoint_only_when_told(
     model: Path, quantized: tuple[Path, str], tmp_path: Path
 ) -> None:

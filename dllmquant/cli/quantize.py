@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dllmquant.cli.checks import check_output
+from dllmquant.cli.export import Format
 from dllmquant.cli.loading import (
     find_model,
     interactive,
@@ -61,6 +62,12 @@ def quantize(
     ] = None,
     dtype: DtypeOption = Dtype.auto,
     device: Device = "auto",
+    format: Annotated[
+        Format | None,
+        typer.Option(
+            help="A format that other programs load, as `dllmquant export` writes. [default: dllmquant's own]"
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the checkpoint in a directory that is not empty.")
     ] = False,
@@ -76,7 +83,7 @@ def quantize(
 
         dllmquant quantize llada-tiny --recipe dllmquant-w4a4 --output mine --prompts mine.jsonl
 
-        dllmquant quantize llada-tiny --recipe rtn-w8a8 --output out8
+        dllmquant quantize llada-tiny --recipe rtn-w8a8 --output out8 --format compressed-tensors
     """
     from dllmquant.quantizer import DLLMQuantizer
 
@@ -97,9 +104,32 @@ def quantize(
         began = time.perf_counter()
         quantizer.quantize(loaded, tokenizer=tokenizer, prompts=rows, seed=seed, progress=interactive())
         seconds = time.perf_counter() - began
-        loaded.save_pretrained(output)
-        tokenizer.save_pretrained(output)
+        refused = _save(loaded, tokenizer, output, format)
+    if refused is not None:
+        raise ValueError(f"{refused}. The quantized model is in {output}, in dllmquant's own format")
     typer.echo(_quantization_report(quantizer, loaded, output, seconds))
+
+
+def _save(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", output: Path, format: Format | None
+) -> str | None:
+    """Saves a quantized model; in its own format, so that the work is not lost, if another refuses it.
+
+    Returns:
+        Why the format refused it; None if it did not.
+    """
+    from dllmquant.export import ExportError, export_model
+
+    refused = None
+    if format is not None:
+        try:
+            export_model(model, output, format.value, tokenizer=tokenizer)
+            return None
+        except ExportError as error:
+            refused = str(error)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return refused
 
 
 def _prompt_options(
