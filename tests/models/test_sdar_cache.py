@@ -27,12 +27,17 @@ PROMPTS = [list(range(9, 9 + length)) for length in (3, 8, 1, 0, 10, 4)]
 
 
 def decode(model: PreTrainedModel, cached: CachedDenoiser | None, **options: Any) -> Generation:
+    """Decodes `PROMPTS`; but the empty one only where the order is given.
+
+    Its first block holds nothing but masks, alike in every position, so that rounding would say which is committed.
+    """
     adapter, ids = adapter_for(model), tiny_tokenizer()
+    prompts = PROMPTS if options.get("remasking") == "sequential" else [prompt or [9, 10] for prompt in PROMPTS]
     config = adapter.sampler_config(model.config, **options)
     assert isinstance(config, BlockDiffusionSamplerConfig)
     return sample(
         adapter.denoiser(model),
-        PROMPTS,
+        prompts,
         config,
         cached=cached,
         mask_token_id=adapter.mask_id(model.config),
