@@ -49,8 +49,13 @@ def inputs_of_layer(model, index, leaf, states):
     return seen[0]
 
 
-def whole_model_reference(model, recipe, states):
-    """Quantizes group by group with full forward passes of two whole models and moments summed token by token."""
+def whole_model_reference(model, recipe, states, found):
+    """Weights solved group by group with full forward passes of two whole models and moments summed token by token.
+
+    What each group reads comes from the layers of `found` before it, so that one flipped tie there is not in the input
+    of all that follows.
+    """
+    solutions = {}
     grid = Grid(recipe.weights.bits, recipe.weights.group_size, recipe.weights.symmetric)
     scheme = ActivationScheme(recipe.activations.bits, recipe.activations.group_size, recipe.activations.symmetric)
     full_model = copy.deepcopy(model)
@@ -79,8 +84,10 @@ def whole_model_reference(model, recipe, states):
                     damping=recipe.weights.damping,
                     clip=recipe.weights.clip,
                 )
-                block.set_submodule(name, QuantLinear.from_quantized(solved.weight, None, scheme, torch.float32))
-    return model
+                path = f"model.transformer.blocks.{index}.{name}"
+                solutions[path] = solved.weight
+                block.set_submodule(name, found.get_submodule(path))
+    return solutions
 
 
 @pytest.mark.parametrize(
@@ -98,21 +105,19 @@ def whole_model_reference(model, recipe, states):
 def test_streaming_equals_a_whole_model_reference(batch_size, weights):
     recipe = Recipe.load(tiny_recipe(weights=weights))
     model = tiny_llada()
-    states = calibrated(model, recipe)
-    with torch.no_grad():
-        reference = whole_model_reference(copy.deepcopy(model), recipe, states)
+    original, states = copy.deepcopy(model), calibrated(model, recipe)
     adapter = adapter_for(model)
     plan = make_plan(model, adapter, recipe)
     preparation = prepare(model, adapter, plan, recipe, states, progress=False)
     quantize_blocks(model, adapter, plan, recipe, states, preparation, batch_size=batch_size, progress=False)
+    with torch.no_grad():
+        reference = whole_model_reference(original, recipe, states, model)
     agreed = []
     for name in plan.modules:
-        ours, theirs = model.get_submodule(name).quantized_weight(), reference.get_submodule(name).quantized_weight()
+        ours, theirs = model.get_submodule(name).quantized_weight(), reference[name]
         agreed.append((ours.codes == theirs.codes).float().mean())
-        # float32 sums in another order may flip a tie; what later layers read is then another input
-        assert agreed[-1] > 0.98 or min(agreed[:-1]) < 1, name
-    assert torch.stack(agreed).mean() > 0.98
-    assert sum(share == 1 for share in agreed) > len(agreed) / 2
+        assert agreed[-1] > 0.98, name  # float32 sums in another order may flip a tie
+    assert torch.stack(agreed).mean() > 0.999
 
 
 def mixed_losses(model, monkeypatch, **weights):

@@ -19,7 +19,7 @@ def inference(model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[None]:
     rounding of the 16-bit type.
 
     Args:
-        model: The model; weights that are not on the CPU are left alone.
+        model: The model; with no weights on the CPU it computes as ever.
         blocks: Its transformer blocks.
     """
     was_training = model.training

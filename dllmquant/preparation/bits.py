@@ -132,24 +132,22 @@ class BitAllocation:
         trials = [(group, *trial) for group in self.plan.groups for trial in self._trials(group)]
         totals = [0.0] * len(trials)
         starts = range(0, len(states.batch), batch_size)
-        for start in tqdm(starts, desc="measuring sites", unit="batch", disable=not progress):
-            rows = slice(start, start + batch_size)
-            ids = states.batch.ids[rows].to(self.model.device)
-            keep = states.batch.attention_mask[rows].to(self.model.device)
-            masked = states.batch.mask[rows].to(self.model.device)
-            weights = states.weights[rows].to(self.model.device)[masked]
-            reference = self._denoise(ids, keep)[masked].float().log_softmax(-1)
-            for index, (group, _, _, scheme) in enumerate(trials):
-                with _quantized_inputs(self.model, group, scheme, self.transforms.get(group[0])):
-                    got = self._denoise(ids, keep)[masked].float().log_softmax(-1)
-                divergence = (reference.exp() * (reference - got)).sum(-1)
-                totals[index] += float((divergence * weights).sum())
+        denoise, blocks = self.adapter.denoiser(self.model), self.adapter.block_list(self.model)
+        with inference(self.model, blocks):
+            for start in tqdm(starts, desc="measuring sites", unit="batch", disable=not progress):
+                rows = slice(start, start + batch_size)
+                ids = states.batch.ids[rows].to(self.model.device)
+                keep = states.batch.attention_mask[rows].to(self.model.device)
+                masked = states.batch.mask[rows].to(self.model.device)
+                weights = states.weights[rows].to(self.model.device)[masked]
+                reference = denoise(ids, keep)[masked].float().log_softmax(-1)
+                for index, (group, _, _, scheme) in enumerate(trials):
+                    with _quantized_inputs(self.model, group, scheme, self.transforms.get(group[0])):
+                        got = denoise(ids, keep)[masked].float().log_softmax(-1)
+                    divergence = (reference.exp() * (reference - got)).sum(-1)
+                    totals[index] += float((divergence * weights).sum())
         for (_, unit, bits, _), total in zip(trials, totals, strict=True):
             self.errors.setdefault(unit, {})[bits] = total
-
-    def _denoise(self, ids: Tensor, keep: Tensor) -> Tensor:
-        with inference(self.model, self.adapter.block_list(self.model)):
-            return self.adapter.denoiser(self.model)(ids, keep)
 
     def allocated(self) -> tuple[dict[str, ActivationScheme | None], tuple[SiteBits, ...]]:
         """Solves the knapsack and returns every group's scheme."""

@@ -77,7 +77,8 @@ def run(environment, tmp_path, name, body):
 @pytest.mark.parametrize("name", ["lm_eval", "lm-eval"])
 def test_the_class_is_added_without_importing_it(environment, tmp_path, name):
     body = """
-import sys
+import importlib.util, sys
+importlib.util.find_spec("lm_eval.models")  # looking for it is not yet loading it
 from lm_eval.api.registry import model_registry
 import lm_eval.models
 print("dllmquant" in model_registry, "hf" in model_registry, "dllmquant" in sys.modules, "torch" in sys.modules)

@@ -79,9 +79,12 @@ def test_16_bits_are_computed_in_float32_where_the_processor_has_none(dtype, nat
 
 
 def test_what_the_processor_has_is_asked_of_torch(monkeypatch):
-    found = {dtype: inference_module._is_native(dtype) for dtype in (torch.float16, torch.bfloat16)}
-    assert all(isinstance(native, bool) for native in found.values())
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        for native in (True, False):
+            monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda native=native: native)
+            assert inference_module._is_native(dtype) == native
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     assert not inference_module._is_native(torch.bfloat16)
 
 

@@ -5,6 +5,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
@@ -327,7 +328,8 @@ class DLLMQuantLM(TemplateLM):  # type: ignore[misc] # lm-eval carries no types
         found = [(0.0, False)] * len(pairs)
         chunk = max(self.batch_size, 16 * self.batch_size // self.mc_num)
         scorer = self._scorer()
-        with tqdm(total=len(pairs), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
+        bar = tqdm(total=len(pairs), desc="Running loglikelihood requests", disable=disable_tqdm)
+        with bar, self._inference():
             for members in (order[start : start + chunk] for start in range(0, len(order), chunk)):
                 together = [pairs[index] for index in members]
                 bounds = scorer.bounds(together, [streams[index] for index in members])
@@ -359,7 +361,8 @@ class DLLMQuantLM(TemplateLM):  # type: ignore[misc] # lm-eval carries no types
             )
             pairs = [make_disjoint_window(window) for window in windows]
             streams = [_stream(self.seed, text, index) for index in range(len(pairs))]
-            found.append(sum(scorer.bounds(pairs, streams)) if pairs else 0.0)
+            with self._inference():
+                found.append(sum(scorer.bounds(pairs, streams)) if pairs else 0.0)
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
         return found
 
@@ -394,11 +397,13 @@ class DLLMQuantLM(TemplateLM):  # type: ignore[misc] # lm-eval carries no types
             device=self._device,
         )
 
+    def _inference(self) -> AbstractContextManager[None]:
+        return inference(self.model, self._adapter.block_list(self.model))
+
     def _counting(self, denoiser: Denoiser) -> Denoiser:
         def counted(ids: Tensor, attention_mask: Tensor) -> Tensor:
             self.tally.forward_passes += 1
-            with inference(self.model, self._adapter.block_list(self.model)):
-                return denoiser(ids, attention_mask)
+            return denoiser(ids, attention_mask)
 
         return counted
 

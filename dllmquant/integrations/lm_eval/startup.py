@@ -25,7 +25,6 @@ class _ModelsFinder(MetaPathFinder):
         """Returns the module's own spec, whose loader registers the class at the end; None for other modules."""
         if fullname != "lm_eval.models":
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
