@@ -38,6 +38,13 @@ def test_blocks_run_from_top_to_bottom(page, tmp_path, monkeypatch):
             assert done.returncode == 0, source + done.stdout + done.stderr
 
 
+def test_every_block_about_other_programs_runs():
+    page = (ROOT / "docs" / "ecosystem.md").read_text()
+    fences = re.findall(r"^```(.*)$", page, re.MULTILINE)
+    assert {*fences[::2]} == {"python", "bash"}
+    assert {*fences[1::2]} == {""}
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")], ids=lambda page: page.name)
 def test_recipes_in_the_docs_are_valid(page, tmp_path):
     for index, source in enumerate(blocks(page, "yaml")):
