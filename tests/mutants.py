@@ -776,7 +776,7 @@ MUTANTS = [
         "set(plan.modules)",
         P,
     ),
-    Mutant("squares-not-weighed", "core/stats", "w @ rows.square()", "rows.square().sum(0)", P),
+    Mutant("squares-not-weighed", "core/stats", "w @ rows.square()", "rows.square().sum(0)"),
     Mutant("widened-for-good", "models/inference", "        restore(block.parameters())", "        return"),
     Mutant("outside-not-widened", "models/inference", "if parameter not in inside", "if parameter in inside"),
     Mutant(

@@ -321,20 +321,23 @@ def test_magnitudes_equal_the_maxima_and_means_over_tokens(cuts: list[int]) -> N
     x, weights = tokens(12)
     weights[[1, 4]] = 0
     x[4] = float("nan")
-    absmax, mean_abs = [0.0] * FEATURES, [0.0] * FEATURES
+    absmax, mean_abs, mean_square = ([0.0] * FEATURES for _ in range(3))
     for token, weight in zip(x, weights, strict=True):
         for i in range(FEATURES if weight > 0 else 0):
             absmax[i] = max(absmax[i], abs(float(token[i])))
             mean_abs[i] += float(weight / weights.sum()) * abs(float(token[i]))
+            mean_square[i] += float(weight / weights.sum()) * float(token[i]) ** 2
     result = input_magnitudes((x[low:high], weights[low:high]) for low, high in pairwise(cuts))
     torch.testing.assert_close(result.absmax, torch.tensor(absmax, dtype=torch.float64))
     torch.testing.assert_close(result.mean_abs, torch.tensor(mean_abs, dtype=torch.float64))
+    torch.testing.assert_close(result.mean_square, torch.tensor(mean_square, dtype=torch.float64))
 
 
 def test_magnitudes_by_hand() -> None:
     result = input_magnitudes([(torch.tensor([[1.0, -2.0], [-3.0, 0.0]]).bfloat16(), torch.tensor([2.0, 1.0]))])
     assert result.absmax.tolist() == [3, 2]
     assert (result.mean_abs * 3).tolist() == [5, 4]
+    assert (result.mean_square * 3).tolist() == [11, 8]
     assert result.absmax.dtype == torch.float32
 
 

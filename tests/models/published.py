@@ -1,6 +1,13 @@
 """What is published of the checkpoints: their config.json, and the names and shapes of their weights."""
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
+
+from torch import nn
+
+from dllmquant.core.grid import Grid
+from dllmquant.nn.linear import QuantLinear
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -548,3 +555,14 @@ def _gemma_vision_shapes(vision: dict[str, Any], text_width: int) -> Shapes:
         for place in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
             shapes[f"{path}.{place}_layernorm.weight"] = (width,)
     return shapes
+
+
+def packed_size(linears: Iterable[nn.Module], grid: Grid) -> tuple[int, int]:
+    """Weights of the layers, and the bytes of their codes and scales."""
+    weights, packed = 0, 0
+    shapes = Counter(tuple(linear.get_parameter("weight").shape) for linear in linears)
+    for (rows, columns), count in shapes.items():
+        layer = QuantLinear(columns, rows, grid, None, device="meta", bias=False)
+        weights += count * rows * columns
+        packed += count * layer.nbytes
+    return weights, packed

@@ -29,6 +29,7 @@ import dllmquant
 from dllmquant import DLLMQuantizer, Recipe, RecipeError
 from dllmquant.calibration import builtin_prompts, collect_states
 from dllmquant.capture import first_calls, inputs_of
+from dllmquant.core.grid import Grid
 from dllmquant.core.hadamard import hadamard_factors
 from dllmquant.export import FORMATS, ExportError, export_model
 from dllmquant.generation import generate_from_ids, generate_tokens
@@ -42,7 +43,7 @@ from dllmquant.plan import make_plan
 from dllmquant.preparation import prepare
 from dllmquant.preparation.routes import holding_routes, recording_routes
 from dllmquant.transforms.fold import assert_same_function, probe_logits
-from tests.models.published import DIFFUSION_GEMMA_26B, diffusion_gemma_shapes
+from tests.models.published import DIFFUSION_GEMMA_26B, diffusion_gemma_shapes, packed_size
 from tests.models.test_end_to_end import PROMPTS, shrunk
 from tests.tiny import tiny_diffusion_gemma, tiny_tokenizer
 
@@ -601,7 +602,7 @@ def test_full_size_has_the_published_weights() -> None:
     assert adapter_for(model).sampler_config(model.config).canvas_length == model.config.canvas_length  # type: ignore[union-attr]
 
 
-def test_every_linear_layer_of_a_full_size_period_is_found() -> None:
+def test_every_linear_layer_of_a_full_size_period_is_found(capsys: pytest.CaptureFixture[str]) -> None:
     """One period of the 30 layers, five sliding and one full, all the others being like them."""
     config = copy.deepcopy({key: value for key, value in DIFFUSION_GEMMA_26B.items() if key != "model_type"})
     config["text_config"] |= {"num_hidden_layers": 6, "layer_types": config["text_config"]["layer_types"][:6]}
@@ -623,6 +624,13 @@ def test_every_linear_layer_of_a_full_size_period_is_found() -> None:
     experts = sum(module.weight.numel() for name, module in linears.items() if ".experts." in name)
     weights = sum(module.weight.numel() for module in linears.values())
     assert (5 * experts, 5 * weights) == (22_837_985_280, 24_483_430_400)
+    counted, packed = packed_size(linears.values(), Grid(4, 64, symmetric=True))
+    assert (counted, packed) == (weights, weights // 2 + 2 * weights // 64)
+    with capsys.disabled():
+        sys.stdout.write(
+            f"\ndiffusion_gemma: 5 x 6 blocks, 5 x {len(linears)} = {5 * len(linears)} linears, "
+            f"{5 * weights:,} weights, {10 * weights:,} bytes in 16 bits, {5 * packed:,} in 4 bits with groups of 64\n"
+        )
     for width in {module.in_features for module in linears.values()}:
         assert width % 64 == 0
         assert len(hadamard_factors(width)) >= 1

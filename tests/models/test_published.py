@@ -3,7 +3,6 @@
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from transformers.initialization import no_init_weights
 from dllmquant.core.grid import Grid
 from dllmquant.core.hadamard import hadamard_factors
 from dllmquant.models import ModelAdapter, registered_adapters
-from dllmquant.nn.linear import QuantLinear
 from tests.models.published import (
     DREAM_7B,
     FAST_DLLM_7B,
@@ -31,6 +29,7 @@ from tests.models.published import (
     llada2_shapes,
     llada_moe_shapes,
     llada_shapes,
+    packed_size,
     qwen_shapes,
 )
 
@@ -156,17 +155,6 @@ def test_full_size_has_the_published_weights(
 def counted(linears: tuple[int, ...]) -> str:
     """The linear layers of the blocks in words, as "1 block x 5 + 19 blocks x 773"."""
     return " + ".join(f"{blocks} block{'s' * (blocks > 1)} x {each}" for each, blocks in Counter(linears).items())
-
-
-def packed_size(linears: Iterable[nn.Module], grid: Grid) -> tuple[int, int]:
-    """Weights of the layers, and the bytes of their codes and scales."""
-    weights, packed = 0, 0
-    shapes = Counter(tuple(linear.get_parameter("weight").shape) for linear in linears)
-    for (rows, columns), count in shapes.items():
-        layer = QuantLinear(columns, rows, grid, None, device="meta", bias=False)
-        weights += count * rows * columns
-        packed += count * layer.nbytes
-    return weights, packed
 
 
 def test_widths_fit_the_built_in_rotations_and_groups(family: tuple[ModelAdapter, Published, PreTrainedModel]) -> None:
