@@ -38,13 +38,22 @@ def test_builds_hold_what_python_reads_at_its_start(kind, tmp_path):
             assert wheel.read(name) == source.read_bytes()
 
 
+START = """
+import site, sys
+sys.modules.pop("_dllmquant_lm_eval", None)  # of an installation
+sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != "_dllmquant_lm_eval"]
+sys.path.insert(0, {site!r})
+site.addsitedir({site!r})
+"""
+
+
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """An environment whose Python processes start as where the files are installed; the checkout may be newer."""
     site, start = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("start")
     for name, source in INSTALLED.items():
         (site / name).write_bytes(source.read_bytes())
-    (start / "sitecustomize.py").write_text(f"import site\nsite.addsitedir({str(site)!r})\n")
+    (start / "sitecustomize.py").write_text(START.format(site=str(site)))
     path = [str(start), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
 
