@@ -7,10 +7,10 @@ Codes and zero points are signed there, 2**(bits−1) less than ours, and the we
     2, 3, 4, 8    8 bits per token  int-quantized    weight (int8), weight_scale
 
 and `weight_zero_point` on asymmetric grids. The package itself packs the weights and writes the configuration, which
-has `dequantize` set for weights alone: transformers then dequantizes them while loading, from 5.23 on in float32, so that
-they are ours bit by bit in every type (before, in bfloat16 up to its rounding). Without it, it would do so in the first
-forward pass with scales of the model's type, and cannot read packed zero points (compressed-tensors 0.20). Scales are
-stored in float32 for the same reason.
+has `dequantize` set for weights alone: transformers then dequantizes them while loading, from 5.23 on in float32, so
+that they are ours bit by bit in every type (before, in bfloat16 up to its rounding). Without it, it would do so in the
+first forward pass with scales of the model's type, and cannot read packed zero points (compressed-tensors 0.20). Scales
+are stored in float32 for the same reason.
 
 How activations are rounded is up to the reader. The compressed-tensors package simulates them with the step
 absmax/127.5, as ours have with `full_range`; without it they have the step absmax/127 of vLLM's kernels, and the logits
