@@ -47,10 +47,10 @@ def export_model(
     if format not in FORMATS:
         raise ValueError(f"format: {format!r} is unknown; valid: {', '.join(FORMATS)}")
     adapter = registered_adapters().get(model.config.model_type)
-    if adapter is not None and adapter.arrange is not None:
+    if adapter is not None and adapter.arrange is not None and format != "dequantized":
         raise ExportError(
             f"format: {format!r} cannot express {adapter.model_type}: its layers are rearranged to be quantized, "
-            "and other programs know them as they were"
+            "and other programs know them as they were; valid: 'dequantized'"
         )
     FORMATS[format](model, Path(directory))
     if tokenizer is not None:

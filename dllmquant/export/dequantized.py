@@ -1,8 +1,9 @@
 """The format "dequantized": plain weights under the original names, for converters such as GGUF's.
 
 Each weight is (codes − zero)·scale in the model's own type, usually of 16 bits, so the export computes the model's
-logits bit by bit. Quantized activations are refused: their weights alone would be another model. While they are
-written, the weights take their full size in memory.
+logits bit by bit. Layers that were rearranged to be quantized are put back; the original class may sum them in another
+order. Quantized activations are refused: their weights alone would be another model. While they are written, the
+weights take their full size in memory.
 """
 
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from dllmquant.export.content import Content, activation
 from dllmquant.export.writing import write
+from dllmquant.models import registered_adapters
 
 
 def export_dequantized(model: PreTrainedModel, directory: Path) -> None:
@@ -27,4 +29,7 @@ def export_dequantized(model: PreTrainedModel, directory: Path) -> None:
     content, dtype = Content.of(model), model.dtype
     content.check("dequantized", lambda layer: activation(layer.activation))
     tensors = content.state_dict(model, lambda layer: {"weight": layer.quantized_weight().dequantize(dtype)})
+    adapter = registered_adapters().get(model.config.model_type)
+    if adapter is not None and adapter.restore is not None:
+        tensors = adapter.restore(tensors)
     write(model, directory, tensors, dtype=dtype)

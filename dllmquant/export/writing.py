@@ -33,7 +33,7 @@ def write(
         tensors: The checkpoint's tensors by full path.
         dtype: Written to the configuration as the type of the model.
         quantization_config: Written to the configuration; None for a checkpoint that is not quantized, whose tensors
-            must be those of the model before it was quantized.
+            must be those of the model before it was quantized; tied weights need not be among them.
         finish: Called with the directory of the files before they move in, to add to them.
 
     Raises:
@@ -41,8 +41,10 @@ def write(
         OSError: The target is a file or cannot be written.
     """
     bare = _bare(model, dtype)
-    if quantization_config is None and (unfit := tensors.keys() ^ bare.state_dict().keys()):
-        raise ExportError(f"model: {min(unfit)!r} is in the model or in its class, but not in both")
+    if quantization_config is None:
+        tied = bare.all_tied_weights_keys.keys()
+        if unfit := (tensors.keys() ^ bare.state_dict().keys()) - (tied - tensors.keys()):
+            raise ExportError(f"model: {min(unfit)!r} is in the model or in its class, but not in both")
     files = {}
     if is_ours(type(model)):
         bare.config.auto_map, files = auto_map(type(model)), modelling_files(type(model))

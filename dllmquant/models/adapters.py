@@ -92,6 +92,8 @@ class ModelAdapter:
         heads: Configuration keys of the number of query heads and of key/value heads.
         arrange: Rearranges a model in place until all there is to quantize is an `nn.Linear`, without changing what it
             computes; called before a model is quantized, and before quantized weights are loaded.
+        restore: Takes the state dict of an arranged model, all weights in floats, to that of the model before, without
+            tied weights; may empty what it is given. Exports to plain weights need it where there is an `arrange`.
         denoise: (model, ids [B, L], attention mask [B, L]) -> aligned logits [B, L, V], where calling the model on the
             ids does not do.
         refine: The same for samplers that feed predictions back: (model, ids, attention mask, logits of the step
@@ -119,6 +121,7 @@ class ModelAdapter:
     value_output: tuple[str, str] | None = None
     heads: tuple[str, str] | None = None
     arrange: Callable[[nn.Module], None] | None = None
+    restore: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
     denoise: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
     refine: Callable[[nn.Module, Tensor, Tensor, Tensor | None, slice], Tensor] | None = None
     sampler: AnySamplerConfig = field(default_factory=SamplerConfig)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -35,7 +36,7 @@ from dllmquant.export import FORMATS, ExportError, export_model
 from dllmquant.generation import generate_from_ids, generate_tokens
 from dllmquant.lab.agreement import record_agreement
 from dllmquant.models import adapter_for
-from dllmquant.models.diffusion_gemma.arrange import arrange
+from dllmquant.models.diffusion_gemma.arrange import FUSED, arrange
 from dllmquant.models.diffusion_gemma.joint import denoise, refine
 from dllmquant.models.experts import RoutedExperts
 from dllmquant.nn.linear import QuantLinear
@@ -564,13 +565,53 @@ def test_measurements_that_need_no_chance_are_refused() -> None:
         record_agreement(model, tokenizer, PROMPTS[:1])
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_exports_are_refused(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", sorted(FORMATS.keys() - {"dequantized"}))
+def test_exports_that_would_name_layers_are_refused(form: str, tmp_path: Path) -> None:
     model = tiny_diffusion_gemma()
     DLLMQuantizer(shrunk("rtn-w4a16")).quantize(model, progress=False)
     with pytest.raises(ExportError, match=f"'{form}' cannot express diffusion_gemma: its layers are rearranged"):
         export_model(model, tmp_path / "out", form)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("skip", [[], ["*.experts.2.down_proj", "*.0.self_attn.*"]], ids=["all", "some skipped"])
+def test_dequantized_exports_are_transformers_own_checkpoints(skip: list[str], tmp_path: Path) -> None:
+    """Read in a process without dllmquant: names, shapes and types of the original's checkpoint, and our logits."""
+    model: Any = tiny_diffusion_gemma(text=THREE)
+    model.save_pretrained(tmp_path / "original")
+    recipe = shrunk("rtn-w4a16") | {"skip": skip}
+    DLLMQuantizer(recipe).quantize(model, progress=False)
+    export_model(model, tmp_path / "out", "dequantized", tokenizer=tiny_tokenizer())
+    original, exported = (load_file(tmp_path / name / "model.safetensors") for name in ("original", "out"))
+    kinds = [{name: (t.shape, t.dtype) for name, t in each.items()} for each in (original, exported)]
+    assert kinds[0] == kinds[1]
+    changed = {name for name, tensor in original.items() if not torch.equal(tensor, exported[name])}
+    assert {f"model.decoder.layers.{i}.experts.{name}" for i in range(3) for name in FUSED} <= changed
+    down = "model.decoder.layers.1.experts.down_proj"
+    for index in range(original[down].shape[0]):
+        layer = model.get_submodule(f"model.decoder.layers.1.experts.{index}.down_proj")
+        packed = isinstance(layer, QuantLinear)
+        weight = layer.quantized_weight().dequantize(torch.float32) if packed else original[down][index]
+        assert packed == (not skip or index != 2)
+        assert torch.equal(exported[down][index], weight)
+
+    ids, _ = states(21, padding=(0, 0))
+    torch.save(ids, tmp_path / "ids.pt")
+    program = """
+import sys
+import torch
+from transformers import DiffusionGemmaForBlockDiffusion
+model = DiffusionGemmaForBlockDiffusion.from_pretrained("out").eval()
+ids = torch.load("ids.pt")
+with torch.no_grad():
+    torch.save(model(input_ids=ids[:, :-8], decoder_input_ids=ids[:, -8:]).logits, "logits.pt")
+assert "dllmquant" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids[:, :-SIZE], decoder_input_ids=ids[:, -SIZE:]).logits
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=0, atol=1e-5)
 
 
 def test_requests_of_lm_eval_become_canvases() -> None:

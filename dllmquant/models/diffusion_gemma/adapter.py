@@ -2,7 +2,7 @@
 
 from dllmquant.decoding import UniformNoiseSamplerConfig
 from dllmquant.models.adapters import ModelAdapter, Verification
-from dllmquant.models.diffusion_gemma.arrange import DECODER_LAYERS, arrange
+from dllmquant.models.diffusion_gemma.arrange import DECODER_LAYERS, arrange, restore
 from dllmquant.models.diffusion_gemma.joint import denoise, refine
 
 # Layers with full attention have no value projection, their values are made of the keys: "self_attn.v_proj" is a group
@@ -42,6 +42,7 @@ ADAPTER = ModelAdapter(
     ),
     residual_outputs=("self_attn.o_proj", "mlp.down_proj", "experts.*.down_proj"),
     arrange=arrange,
+    restore=restore,
     denoise=denoise,
     refine=refine,
     sampler=UniformNoiseSamplerConfig(),

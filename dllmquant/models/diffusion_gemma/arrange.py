@@ -8,9 +8,11 @@ transformers' record of the encoder's router scores (`output_router_logits`) is 
 
 transformers loads its own model even where it knows nothing of dllmquant, and takes weights it misses at random, with a
 warning. So an arranged model also has tensors of one element under the names of the fused weights: in a checkpoint,
-their shape does not fit, which is an error.
+their shape does not fit, which is an error. `restore` takes the tensors of an arranged model back to where they were.
 """
 
+import re
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +25,9 @@ from dllmquant.models.experts import RoutedExperts
 ENCODER_LAYERS = "model.encoder.language_model.layers"
 DECODER_LAYERS = "model.decoder.layers"
 FUSED = ("gate_up_proj", "down_proj")
+
+_PLACEHOLDER = re.compile(rf"\.experts\.(?:{'|'.join(FUSED)})$")
+_EXPERT = re.compile(rf"(.+\.experts)\.(\d+)\.({'|'.join(FUSED)})\.weight$")
 
 
 class GatedExpert(nn.Module):
@@ -107,6 +112,28 @@ def arrange(model: nn.Module) -> None:
     # Checkpoints of earlier versions do not hold the placeholders.
     missing = {rf"experts\.({'|'.join(FUSED)})$"}
     model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *missing}
+
+
+def restore(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the state dict of an arranged model as that of the model before, with the experts of a layer fused again.
+
+    Args:
+        tensors: By full path, every layer with its float weight; emptied, so no layer's experts are in memory twice.
+
+    Returns:
+        By transformers' names, all but those of tied weights of the encoder.
+    """
+    restored, experts = {}, defaultdict[str, dict[int, Tensor]](dict)
+    while tensors:
+        name, tensor = tensors.popitem()
+        if (found := _EXPERT.match(name)) is not None:
+            experts[f"{found[1]}.{found[3]}"][int(found[2])] = tensor
+        elif _PLACEHOLDER.search(name) is None:
+            restored[name] = tensor
+    while experts:
+        name, by_index = experts.popitem()
+        restored[name] = torch.stack([by_index[index] for index in range(len(by_index))])
+    return restored
 
 
 @torch.no_grad()
