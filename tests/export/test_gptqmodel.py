@@ -23,7 +23,16 @@ from dllmquant.nn.linear import QuantLinear
 from tests.export.fresh import environment
 from tests.export.quantized import IDS, logits_of, nmse, quantized
 from tests.export.test_gptq import layer_of
-from tests.tiny import tiny_dream, tiny_llada, tiny_tokenizer
+from tests.tiny import (
+    tiny_dream,
+    tiny_fast_dllm,
+    tiny_llada,
+    tiny_llada2,
+    tiny_llada_moe,
+    tiny_sdar,
+    tiny_sdar_moe,
+    tiny_tokenizer,
+)
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is None, reason="gptqmodel is not installed")
 
@@ -107,6 +116,13 @@ MODELS = {
     "LLaDA in transformers": ("transformers", lambda: quantized("rtn-w4a16")),
     "LLaDA by GPTQ in transformers": ("transformers", lambda: quantized("gptq-w4a16", calibrated=True)),
     "Dream in transformers": ("transformers", lambda: quantized("rtn-w4a16", tiny_dream())),
+    **{
+        f"{build.__name__.removeprefix('tiny_')} in transformers": (
+            "transformers",
+            lambda build=build: quantized("rtn-w4a16", build(), weights={"group_size": 16}),
+        )
+        for build in (tiny_fast_dllm, tiny_llada2, tiny_llada_moe, tiny_sdar, tiny_sdar_moe)
+    },
     "skipped layers in transformers": ("transformers", lambda: quantized("rtn-w4a16", tiny_llada(), skip=["*.ff_out"])),
     # GPTQModel knows Dream, and takes asymmetric weights in version 1 of the layout only from itself.
     "Dream in GPTQModel": ("gptqmodel", lambda: quantized("rtn-w4a16", tiny_dream(), weights={"symmetric": True})),
