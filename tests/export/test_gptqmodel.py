@@ -10,12 +10,15 @@ import importlib.util
 import itertools
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from dllmquant.export import export_model
 from dllmquant.export.gptq import gptq_tensors
@@ -112,17 +115,18 @@ def test_its_layer_holds_our_weight_in_float16(kernel, dequantized):
     assert torch.equal(dequantized[KERNELS.index(kernel)], weight)
 
 
-MODELS = {
+FAMILIES = (tiny_fast_dllm, tiny_llada2, tiny_llada_moe, tiny_sdar, tiny_sdar_moe)
+
+
+def grouped(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    return quantized("rtn-w4a16", build(), weights={"group_size": 16})
+
+
+MODELS: dict[str, tuple[str, Callable[[], PreTrainedModel]]] = {
     "LLaDA in transformers": ("transformers", lambda: quantized("rtn-w4a16")),
     "LLaDA by GPTQ in transformers": ("transformers", lambda: quantized("gptq-w4a16", calibrated=True)),
     "Dream in transformers": ("transformers", lambda: quantized("rtn-w4a16", tiny_dream())),
-    **{
-        f"{build.__name__.removeprefix('tiny_')} in transformers": (
-            "transformers",
-            lambda build=build: quantized("rtn-w4a16", build(), weights={"group_size": 16}),
-        )
-        for build in (tiny_fast_dllm, tiny_llada2, tiny_llada_moe, tiny_sdar, tiny_sdar_moe)
-    },
+    **{f"{build.__name__} in transformers": ("transformers", partial(grouped, build)) for build in FAMILIES},
     "skipped layers in transformers": ("transformers", lambda: quantized("rtn-w4a16", tiny_llada(), skip=["*.ff_out"])),
     # GPTQModel knows Dream, and takes asymmetric weights in version 1 of the layout only from itself.
     "Dream in GPTQModel": ("gptqmodel", lambda: quantized("rtn-w4a16", tiny_dream(), weights={"symmetric": True})),
