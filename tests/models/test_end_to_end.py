@@ -43,7 +43,7 @@ TINY: dict[str, Callable[..., PreTrainedModel]] = {
 }
 # Families without a mask token have tests of their own.
 FAMILIES = sorted(name for name, adapter in registered_adapters().items() if adapter.mask_token_id is not None)
-RECIPES = ["dllmquant-w4a4", "quarot-w4a4", "awq-w4a4", "best-w4a4", "rtn-w4a4-av"]
+RECIPES = ["dllmquant-w4a4", "quarot-w4a4", "awq-w4a4", "best-w4a4", "best-w3a16", "rtn-w4a4-av"]
 PROMPTS = [f"q: tom has {n} apples. tom loses {n % 3 + 1} of them. how many remain? a:" for n in range(5, 12)]
 PROMPTS[1] = " tom is in"
 
@@ -83,7 +83,7 @@ def test_quantize_save_reload_and_generate(family: str, recipe: str, tmp_path: P
     assert all((installed(block) is not None) == recipe.endswith("-av") for block in adapter.block_list(model))
     assert not torch.equal(logits(model), before)
     if quantizer.states is not None:
-        assert bool(quantizer.states.batch.mask.any()) == (recipe in ("dllmquant-w4a4", "best-w4a4"))
+        assert bool(quantizer.states.batch.mask.any()) == recipe.startswith(("dllmquant", "best"))
     model.save_pretrained(tmp_path)
     reloaded = AutoModel.from_pretrained(tmp_path)
     assert type(reloaded) is type(model)
@@ -114,7 +114,7 @@ def test_the_familys_own_sampler_records_the_states(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("recipe", ["quarot-w4a4", "awq-w4a4", "smoothquant-w4a4", "best-w4a4"])
+@pytest.mark.parametrize("recipe", ["quarot-w4a4", "awq-w4a4", "smoothquant-w4a4", "best-w4a4", "best-w3a16"])
 def test_transforms_keep_the_function(family: str, recipe: str) -> None:
     """What a recipe folds into the weights, to float64's rounding; with biases and grouped heads."""
     model, tokenizer, settings = TINY[family]().double(), tiny_tokenizer(), Recipe.load(shrunk(recipe))
