@@ -116,6 +116,11 @@ class Recipe(Section):
                 f"token_weights.kind: 'cgq_text', but calibration.states {calibration.states!r} end with the text, so "
                 "that it would be plain 'cgq'; valid: 'cgq', or states 'trajectory' or 'closed_loop'"
             )
+        if self.token_weights.waiting_confidence == "zero" and calibration.states in ("random_t", "mcs"):
+            raise ValueError(
+                f"token_weights.waiting_confidence: 'zero', but calibration.states {calibration.states!r} have no "
+                "blocks; valid: 'model', or states 'trajectory' or 'closed_loop'"
+            )
         if calibration.states == "clean" and allocation is not None and allocation.objective == "logits":
             raise ValueError(
                 "activations.allocation.objective: 'logits' measures masked positions, which calibration.states "

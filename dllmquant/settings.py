@@ -241,6 +241,8 @@ class TokenWeightSettings(Section):
         masked_base: cgq: m of masked tokens.
         unmasked_base: cgq: m of tokens that are not masked.
         decoded_confidence: cgq: c of tokens that are not masked: "zero", or the "model"'s own probability.
+        waiting_confidence: cgq: c of masked tokens that the next step cannot commit, because they lie in later blocks:
+            the "model"'s own probability, or "zero", as the sampler has it for them.
         context: frontier: weight every token has.
         frontier: frontier: added to tokens about to be committed.
         reliability: frontier: added to masked tokens, times their confidence.
@@ -250,9 +252,16 @@ class TokenWeightSettings(Section):
     masked_base: float = Field(default=1.0, ge=0)
     unmasked_base: float = Field(default=0.7, ge=0)
     decoded_confidence: Literal["zero", "model"] = "zero"
+    waiting_confidence: Literal["model", "zero"] = "model"
     context: float = Field(default=0.25, ge=0)
     frontier: float = Field(default=1.0, ge=0)
     reliability: float = Field(default=0.5, ge=0)
+
+    @model_validator(mode="after")
+    def _waiting_is_of_cgq(self) -> Self:
+        if self.waiting_confidence == "zero" and self.kind not in ("cgq", "cgq_text"):
+            raise ValueError(f"waiting_confidence: 'zero' has no meaning for kind {self.kind!r}; valid: 'model'")
+        return self
 
     @property
     def leaves_out_tokens(self) -> bool:
@@ -268,10 +277,13 @@ class SmoothQuant(Section):
     Attributes:
         kind: "smoothquant".
         alpha: Migration strength.
+        producers: What takes up the inverse of the scales: "norms", as published; or "all", linear layers as well (the
+            up projection, and values that are not grouped), as in DuQuant.
     """
 
     kind: Literal["smoothquant"]
     alpha: float = Field(default=0.5, ge=0, le=1)
+    producers: Literal["norms", "all"] = "norms"
 
 
 class AWQ(Section):
@@ -345,7 +357,7 @@ class DuQuant(Section):
 
     kind: Literal["duquant"]
     sites: tuple[str, ...] | None = None
-    block_size: int = Field(default=32, ge=2)
+    block_size: int = Field(default=128, ge=2)
     steps: int = Field(default=256, ge=1)
 
 

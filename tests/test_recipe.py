@@ -147,6 +147,14 @@ def test_circular_extends_is_an_error(tmp_path):
             r"token_weights\.kind: 'cgq_text', but calibration\.states 'random_t' .*valid: 'cgq', or states",
         ),
         (
+            {"token_weights": {"kind": "cgq", "waiting_confidence": "zero"}, "calibration": {"states": "random_t"}},
+            r"waiting_confidence: 'zero', but calibration\.states 'random_t' have no blocks; valid: 'model', or",
+        ),
+        (
+            {"token_weights": {"kind": "frontier", "waiting_confidence": "zero"}},
+            r"token_weights: waiting_confidence: 'zero' has no meaning for kind 'frontier'; valid: 'model'",
+        ),
+        (
             {"token_weights": {"kind": "cgq_text"}, "calibration": {"states": "mcs"}},
             r"token_weights\.kind: 'cgq_text', but calibration\.states 'mcs'",
         ),

@@ -30,6 +30,7 @@ class CalibrationStates:
         coverage: Where in the denoising process the states lie; None if they were made by hand.
         cost: What they took; None if they were made by hand.
         tail: bool [states, length], positions behind the end of the generated text; None where there are none.
+        waiting: bool [states, length], masked positions of blocks that are decoded later; None without trajectories.
     """
 
     batch: StateBatch
@@ -38,10 +39,15 @@ class CalibrationStates:
     coverage: Coverage | None = None
     cost: Cost | None = None
     tail: Tensor | None = None
+    waiting: Tensor | None = None
 
     def reweighted(self, weighting: TokenWeightSettings) -> "CalibrationStates":
-        """Returns the same states with the token weights a recipe asks for."""
-        return replace(self, weights=weigh_tokens(self.batch, weighting, self.tail))
+        """Returns the same states with the token weights a recipe asks for.
+
+        Raises:
+            ValueError: The states lack what the weights depend on.
+        """
+        return replace(self, weights=weigh_tokens(self.batch, weighting, self.tail, self.waiting))
 
     def content_hash(self) -> str:
         """Returns a SHA-256 over everything the statistics can see: ids, masks and weights."""
@@ -101,5 +107,5 @@ def collect_states(
     logger.info("calibration states (%s): %s", settings.states, drawn.coverage.summary())
     for note in drawn.notes:
         logger.warning("calibration states: %s", note)
-    weights = weigh_tokens(drawn.batch, weighting, drawn.tail)
-    return CalibrationStates(drawn.batch, weights, drawn.notes, drawn.coverage, drawn.cost, drawn.tail)
+    weights = weigh_tokens(drawn.batch, weighting, drawn.tail, drawn.waiting)
+    return CalibrationStates(drawn.batch, weights, drawn.notes, drawn.coverage, drawn.cost, drawn.tail, drawn.waiting)

@@ -9,7 +9,9 @@ from dllmquant.decoding import StateBatch
 from dllmquant.settings import TokenWeightSettings
 
 
-def weigh_tokens(batch: StateBatch, weighting: TokenWeightSettings, tail: Tensor | None = None) -> Tensor:
+def weigh_tokens(
+    batch: StateBatch, weighting: TokenWeightSettings, tail: Tensor | None = None, waiting: Tensor | None = None
+) -> Tensor:
     """Returns float32 [states, length], at least 0 and exactly 0 on padding.
 
     Kinds that depend on more than the states ("interaction": on each block's attention) start from weights of 1.
@@ -18,12 +20,30 @@ def weigh_tokens(batch: StateBatch, weighting: TokenWeightSettings, tail: Tensor
         batch: The states.
         weighting: How tokens are weighted.
         tail: bool [states, length], positions behind the end of the text; "cgq_text" takes them for unmasked ones.
+        waiting: bool [states, length], masked positions of later blocks, for `waiting_confidence: zero`.
+
+    Raises:
+        ValueError: The weighting needs `tail` or `waiting`, and it is None.
     """
     if weighting.kind in ("cgq", "cgq_text"):
-        masked = batch.mask & ~tail if weighting.kind == "cgq_text" and tail is not None else batch.mask
+        masked, confidence = batch.mask, batch.confidence
+        if weighting.waiting_confidence == "zero":
+            if waiting is None:
+                raise ValueError(
+                    "token_weights.waiting_confidence: 'zero', but nothing says which tokens of the states "
+                    "wait; valid: 'model', or states that were recorded"
+                )
+            confidence = confidence.masked_fill(waiting, 0.0)
+        if weighting.kind == "cgq_text":
+            if tail is None:
+                raise ValueError(
+                    "token_weights.kind: 'cgq_text', but nothing says where the text of the states ends; "
+                    "valid: 'cgq', or states that were recorded"
+                )
+            masked = masked & ~tail
         weights = token_weights(
             masked,
-            batch.confidence,
+            confidence,
             masked_base=weighting.masked_base,
             unmasked_base=weighting.unmasked_base,
             decoded_confidence=weighting.decoded_confidence,

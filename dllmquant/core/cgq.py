@@ -8,6 +8,9 @@ Choice where the paper is silent: c_j of tokens that are not masked. The paper a
 dominate the next step; that holds only if decoded tokens count with c = 0 (the sampler sets theirs to −∞), the default
 here. With the model's own probability ("model"), a decoded token at c = 1 weighs 2.89 and outweighs a masked one at
 c = 0.3 (2.40).
+
+A masked token of a later block is where a decoded one is in that argument: the next step cannot commit it, and samplers
+set its confidence to −∞ too. It keeps the model's here; with `waiting_confidence: zero` in a recipe it has c = 0.
 """
 
 from typing import Literal

@@ -1,7 +1,7 @@
 """Scales between producers and consumers of a block (SmoothQuant, AWQ, IA-AQ), found and folded into the weights."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -9,6 +9,7 @@ from dllmquant.capture import BlockCall, output_of
 from dllmquant.core.iaaq import input_scales
 from dllmquant.models import ModelAdapter
 from dllmquant.models.experts import is_expert, mixtures
+from dllmquant.nn.transform import InputTransform
 from dllmquant.plan import Plan
 from dllmquant.preparation.inputs import magnitudes, sample_tokens
 from dllmquant.settings import AWQ, IAAQ, Hadamard, SmoothQuant
@@ -28,6 +29,7 @@ def scale_block(
     weights: Sequence[Tensor],
     transform: SmoothQuant | AWQ | IAAQ,
     *,
+    transforms: Mapping[str, InputTransform],
     search: tuple[Sequence[BlockCall], Sequence[Tensor]],
     seed: int,
 ) -> None:
@@ -42,6 +44,8 @@ def scale_block(
         calls: How the block is called, one call per batch of states.
         weights: Per call, the token weights [batch, length]; for IA-AQ times the attention received.
         transform: The method.
+        transforms: Transforms of inputs behind the scales that are known before, by the full path of a group's first
+            layer: those that need no data. AWQ's objectives round what they give out.
         search: The calls and weights on which AWQ's "sub_block" objective is measured: fewer, since it is measured
             often.
         seed: Seed of the tokens on which AWQ's "layer" objective is measured.
@@ -63,14 +67,15 @@ def scale_block(
         elif isinstance(transform, IAAQ):
             scales = input_scales(size.mean_square, own)
         else:
+            behind = _behind(plan, transforms, prefix + rounded[0])
             if transform.objective == "layer" or expert:
                 x, token_weights = sample_tokens(block, reader, calls, weights, _SAMPLES, seed)
                 matrices = [linear_at(block, consumer).weight.detach() for consumer in rounded]
-                evaluate = linear_objective(matrices, x, token_weights, plan.grid, plan.activation)
+                evaluate = linear_objective(matrices, x, token_weights, plan.grid, plan.activation, behind)
             else:
                 end = block.get_submodule(_sub_block_end(adapter, block, rounded))
                 run = functools.partial(_outputs, block, end, search[0])
-                evaluate = sub_block_objective(block, rounded, run, search[1], plan.grid, plan.activation)
+                evaluate = sub_block_objective(block, rounded, run, search[1], plan.grid, plan.activation, behind)
             mean = mean_magnitude(own, plan.grid) if transform.duo_scaling else None
             points = transform.grid_points
             scales = search_scales(size.mean_abs, evaluate, grid_points=points, weight_mean=mean).scales
@@ -81,6 +86,11 @@ def _rotated(plan: Plan) -> set[str]:
     """Returns the layers whose input a Hadamard matrix rotates."""
     groups = (group for group in plan.groups if isinstance(plan.input_transforms.get(group[0]), Hadamard))
     return {name for group in groups for name in group}
+
+
+def _behind(plan: Plan, transforms: Mapping[str, InputTransform], name: str) -> InputTransform | None:
+    """Returns the transform of a layer's input, if it is known."""
+    return next((transforms.get(group[0]) for group in plan.groups if name in group), None)
 
 
 def _reader(block: nn.Module, linears: Sequence[nn.Module]) -> nn.Module:
@@ -118,7 +128,7 @@ def _sub_block_end(adapter: ModelAdapter, block: nn.Module, consumers: Sequence[
 def _scale_pairs(
     block: nn.Module, adapter: ModelAdapter, transform: SmoothQuant | AWQ | IAAQ
 ) -> list[tuple[str, tuple[str, ...]]]:
-    """Lists (producer, consumers) a method scales: SmoothQuant norms only; the others linear producers as well."""
-    if isinstance(transform, SmoothQuant):
+    """Lists (producer, consumers) a method scales: SmoothQuant as published norms only, others linear ones as well."""
+    if isinstance(transform, SmoothQuant) and transform.producers == "norms":
         return [pair for pair in adapter.pairs(block) if not isinstance(block.get_submodule(pair[0]), nn.Linear)]
     return adapter.scalable(block)

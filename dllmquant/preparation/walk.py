@@ -171,6 +171,7 @@ class _Walk:
 
     def over_blocks(self, states: CalibrationStates) -> None:
         """Runs the full-precision path block by block."""
+        self.without_data()
         recipe, blocks = self.recipe, self.adapter.block_list(self.model)
         measured = self.allocation
         if measured is not None and measured.settings.objective != "output":
@@ -209,12 +210,13 @@ class _Walk:
                         calls,
                         attended if isinstance(transform, IAAQ) and transform.interaction else weights,
                         transform,
+                        transforms=self.transforms,
                         search=(search_calls, self.token_weights[index][some].to(device).split(size)),
                         seed=recipe.seed,
                     )
             for group in groups:
                 settings = self.plan.input_transforms.get(group[0])
-                if settings is not None:
+                if settings is not None and not isinstance(settings, Hadamard):
                     fitted = self._fit(block, group, calls, weights, settings)
                     if fitted is not None:
                         self.transforms[group[0]] = fitted
@@ -229,19 +231,16 @@ class _Walk:
         group: Sequence[str],
         calls: Sequence[BlockCall],
         weights: Sequence[Tensor],
-        settings: InputTransformSettings,
+        settings: DuQuant | WUSH,
     ) -> InputTransform | None:
-        """Fits the input transform of a group; None where it needs data and no token was routed to an expert."""
+        """Fits the input transform of a group; None where no token was routed to an expert."""
         linears = [linear_at(self.model, name) for name in group]
-        if isinstance(settings, Hadamard):
-            fitted = fit_hadamard(linears[0].in_features, block_size=settings.block_size, seed=self.recipe.seed)
-        elif isinstance(settings, DuQuant):
+        if isinstance(settings, DuQuant):
             samples, _ = sample_tokens(block, linears[0], calls, weights, _SAMPLES, self.recipe.seed)
             if not len(samples):
                 return None
             fitted = fit_duquant(samples, block_size=settings.block_size, steps=settings.steps, seed=self.recipe.seed)
         else:
-            assert isinstance(settings, WUSH)
             moments = second_moments(block, linears[0], calls, weights)
             if moments is None:
                 return None

@@ -12,6 +12,8 @@ Choices where the paper is silent, or its code (llm-awq) differs:
     4. Clipping shrinks both ends of an asymmetric range by one ratio; llm-awq clamps to ±max|w| · ratio. The ratios go
        down to 0.5 in 20 steps, the loss is Δ_g H_gg Δ_gᵀ, which is llm-awq's over all tokens instead of a sample.
        llm-awq does not clip the query and key projections; whom to clip is the caller's choice.
+    5. Where a Hadamard matrix T rotates the input behind the scales, what is rounded is rotated: A((x / s) T) and
+       Q(W diag(s) T⁻ᵀ). Transforms that are fitted to data are fitted later; the search does not know them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from dllmquant.core.grid import Grid, QuantizedWeight, fit_scale, quantize_to_grid
 from dllmquant.core.rtn import rtn
 from dllmquant.nn.activation import ActivationScheme, quantize_activation
+from dllmquant.nn.transform import InputTransform
 from dllmquant.transforms.fold import at_least, linear_at
 
 Objective = Callable[[Tensor], float]
@@ -110,11 +113,12 @@ def linear_objective(
     token_weights: Tensor,
     grid: Grid,
     activation: ActivationScheme | None = None,
+    transform: InputTransform | None = None,
 ) -> Objective:
     """Returns the loss of scales at the outputs of the layers that share an input.
 
-    L(s) = Σ_j w_j Σ_l ‖x_j W_lᵀ − A(x_j / s) Q(W_l diag(s))ᵀ‖² / Σ_j w_j, with Q round-to-nearest on `grid` and A the
-    activation's rounding. Computed in float32, or float64 if `x` is.
+    L(s) = Σ_j w_j Σ_l ‖x_j W_lᵀ − A((x_j / s) T) Q(W_l diag(s) T⁻ᵀ)ᵀ‖² / Σ_j w_j, with Q round-to-nearest on `grid` and
+    A the activation's rounding. Computed in float32, or float64 if `x` is.
 
     Args:
         weights: The layers' weights [out, in].
@@ -122,6 +126,7 @@ def linear_objective(
         token_weights: Float [n], not negative; tokens of weight 0 are dropped.
         grid: The weights' grid.
         activation: The activations' scheme, or None where they stay in 16 bits.
+        transform: T, of the scaled input; None for none.
 
     Raises:
         ValueError: Shapes do not fit, a token weight is negative or not finite, or no token has a positive one.
@@ -140,10 +145,12 @@ def linear_objective(
 
     def evaluate(scales: Tensor) -> float:
         scales = scales.to(tokens)
-        scaled = tokens / scales
+        scaled, scaled_weights = tokens / scales, stacked * scales
+        if transform is not None:
+            scaled, scaled_weights = transform(scaled), transform.inverse_transpose_weight(scaled_weights)
         if activation is not None:
             scaled = quantize_activation(scaled, activation)
-        error = scaled @ rtn(stacked * scales, grid).dequantize(dtype).T - reference
+        error = scaled @ rtn(scaled_weights, grid).dequantize(dtype).T - reference
         return float((error.square().sum(-1) * share).sum())
 
     return evaluate
@@ -156,12 +163,13 @@ def sub_block_objective(
     token_weights: Sequence[Tensor],
     grid: Grid,
     activation: ActivationScheme | None = None,
+    transform: InputTransform | None = None,
 ) -> Objective:
     """Returns the loss of scales at the output of a sub-block (attention, feed-forward), through its nonlinearities.
 
     L(s) = Σ_j w_j ‖y_j − ŷ_j(s)‖² / Σ_j w_j with y the sub-block's output as it is now and ŷ that with the consumers'
-    weights Q(W diag(s)) and inputs A(x / s). The scales stay inside the consumers while the block runs, so the producer
-    is not touched, and the block is as before after every evaluation.
+    weights Q(W diag(s) T⁻ᵀ) and inputs A((x / s) T). The scales stay inside the consumers while the block runs, so the
+    producer is not touched, and the block is as before after every evaluation.
 
     Args:
         block: The transformer block.
@@ -171,6 +179,7 @@ def sub_block_objective(
         token_weights: Per batch, float [batch, length], not negative; tokens of weight 0 are left out.
         grid: The weights' grid.
         activation: The activations' scheme, or None where they stay in 16 bits.
+        transform: T, of the scaled input; None for none.
 
     Raises:
         ValueError: A consumer is not `nn.Linear`, a token weight is negative or not finite, or no token has a positive
@@ -191,7 +200,7 @@ def sub_block_objective(
 
     @torch.no_grad()
     def evaluate(scales: Tensor) -> float:
-        with _fake_quantized(linears, scales, grid, activation):
+        with _fake_quantized(linears, scales, grid, activation, transform):
             pairs = zip(outputs(), reference, strict=True)
             return sum(float((output - target).square().sum()) for output, target in pairs) / total
 
@@ -200,23 +209,33 @@ def sub_block_objective(
 
 @contextmanager
 def _fake_quantized(
-    linears: Sequence[nn.Linear], scales: Tensor, grid: Grid, activation: ActivationScheme | None
+    linears: Sequence[nn.Linear],
+    scales: Tensor,
+    grid: Grid,
+    activation: ActivationScheme | None,
+    transform: InputTransform | None,
 ) -> Iterator[None]:
-    """While the context lasts, the layers compute A(x / s) Q(W diag(s))ᵀ + b."""
+    """While the context lasts, the layers compute A((x / s) T) Q(W diag(s) T⁻ᵀ)ᵀ + b."""
 
     def round_input(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
-        factors = scales.to(x)
-        rounded = x if activation is None else quantize_activation(x / factors, activation) * factors
-        return (rounded, *args[1:])
+        if transform is None:  # the layers hold Q(W diag(s)) diag(1/s): what is not rounded stays exactly as it is
+            factors = scales.to(x)
+            return (x if activation is None else quantize_activation(x / factors, activation) * factors, *args[1:])
+        seen = transform(x / scales.to(x))
+        return (seen if activation is None else quantize_activation(seen, activation), *args[1:])
 
     originals = [linear.weight.data for linear in linears]
     handles = [linear.register_forward_pre_hook(round_input) for linear in linears]
     try:
         for linear, original in zip(linears, originals, strict=True):
             factors = scales.to(original.device, torch.promote_types(original.dtype, torch.float32))
-            rounded = rtn(original.to(factors) * factors, grid).dequantize(factors.dtype)
-            linear.weight.data = (rounded / factors).to(original.dtype)
+            scaled = original.to(factors) * factors
+            if transform is None:
+                linear.weight.data = (rtn(scaled, grid).dequantize(factors.dtype) / factors).to(original.dtype)
+            else:
+                rotated = rtn(transform.inverse_transpose_weight(scaled), grid)
+                linear.weight.data = rotated.dequantize(factors.dtype).to(original.dtype)
         yield
     finally:
         for handle, linear, original in zip(handles, linears, originals, strict=True):

@@ -16,9 +16,10 @@ Choices:
        the same for all blocks. The authors' code repeats one fixed matrix.
     3. The best step may be none at all: a block that no product improves is left alone, as in the authors' code.
     4. The peak is max |x| over the sample tokens of the block, as in the paper; the code takes max − min.
-    5. The smoothing by per-channel scales that the paper applies before (alpha 0.6 in the authors' code) is a transform
-       of its own, `smoothquant`; the built-in recipes have both. The code's fixed clipping ratios, 0.9 for activations
-       and 0.8 for weights of whole channels, are left out.
+    5. The smoothing by per-channel scales that the paper applies before is a transform of its own, `smoothquant` with
+       alpha 0.6 and `producers: all` (the code smooths every input, the down projection's too); the built-in recipes
+       have both. The code's fixed clipping ratios, 0.9 for activations and 0.8 for weights of whole channels, are left
+       out.
 """
 
 import math

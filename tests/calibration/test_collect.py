@@ -112,8 +112,22 @@ def test_weights_of_the_text_count_its_tail_as_unmasked():
     assert torch.equal(found, expected * states.batch.attention_mask)
     assert not torch.equal(found, states.reweighted(weighting.model_copy(update={"kind": "cgq"})).weights)
     assert collect({"states": "trajectory"}, {"kind": "cgq_text"}).tail is not None
-    without = replace(states, tail=None).reweighted(weighting).weights
-    assert torch.equal(without, states.reweighted(weighting.model_copy(update={"kind": "cgq"})).weights)
+    with pytest.raises(ValueError, match=r"'cgq_text', but nothing says where the text .*ends; valid: 'cgq'"):
+        replace(states, tail=None).reweighted(weighting)
+
+
+def test_waiting_tokens_may_count_without_confidence():
+    states = collect({"states": "trajectory", "sampler": {"steps": 4, "gen_length": 4, "block_length": 2}})
+    assert states.waiting is not None
+    assert states.waiting.any()
+    weighting = TokenWeightSettings(kind="cgq", waiting_confidence="zero")
+    expected = token_weights(states.batch.mask, torch.where(states.waiting, 0.0, states.batch.confidence))
+    found = states.reweighted(weighting).weights
+    assert torch.equal(found, expected * states.batch.attention_mask)
+    assert bool((found[states.waiting] == 1).all())
+    assert not torch.equal(found, states.reweighted(TokenWeightSettings(kind="cgq")).weights)
+    with pytest.raises(ValueError, match=r"waiting_confidence: 'zero', but nothing says .*valid: 'model'"):
+        replace(states, waiting=None).reweighted(weighting)
 
 
 def test_cost_and_coverage_are_logged(caplog):

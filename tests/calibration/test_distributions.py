@@ -219,6 +219,37 @@ def test_the_tail_lies_behind_the_first_eos_of_the_generation():
     assert trajectory.behind_the_end(recorded, None).tolist() == [none, none]
 
 
+def test_tokens_of_later_blocks_wait():
+    """A prompt token and two blocks of two, one token a step; the run ends before the last token is committed."""
+    masks = torch.tensor([[0, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 1, 1], [0] * 5]).bool()
+    commits = torch.tensor([[0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0] * 5]).bool()
+    recorded = Trajectory(
+        ids=torch.zeros(1, 4, 5, dtype=torch.int32),
+        mask=masks[None],
+        confidence=torch.zeros(1, 4, 5),
+        committed=commits[None],
+        block=torch.tensor([[0, 0, 1, -1]]),
+        valid=torch.tensor([[True, True, True, False]]),
+        prompt_lengths=torch.tensor([1]),
+        gen_length=4,
+        pad_token_id=0,
+    )
+    expected = [[0, 0, 0, 1, 1], [0, 0, 0, 1, 1], [0, 0, 0, 0, 1], [0] * 5]
+    assert trajectory.in_later_blocks(recorded).int().tolist() == [expected]
+
+
+def test_waiting_tokens_are_those_behind_the_block_being_decoded():
+    sampler = {"steps": 8, "gen_length": 8, "block_length": 2}
+    drawn = trajectory.trajectory_states(tiny_llada(), tiny_tokenizer(), PAIRS, Request(num_states=16, sampler=sampler))
+    start = drawn.batch.ids.shape[1] - 8
+    behind = torch.arange(drawn.batch.ids.shape[1]) >= start + 2 * (drawn.batch.block[:, None] + 1)
+    assert torch.equal(drawn.waiting, behind)
+    assert bool((drawn.waiting & ~drawn.batch.committed).any())
+    whole = {"steps": 8, "gen_length": 8, "block_length": 8}
+    drawn = trajectory.trajectory_states(tiny_llada(), tiny_tokenizer(), PAIRS, Request(num_states=16, sampler=whole))
+    assert not drawn.waiting.any()
+
+
 def test_notes_of_a_trajectory_that_is_too_short():
     request = Request(num_states=6, sampler={"steps": 2, "gen_length": 8, "block_length": 8})
     notes = trajectory.trajectory_states(tiny_llada(), tiny_tokenizer(), PAIRS, request).notes

@@ -16,6 +16,7 @@ from dllmquant.models.layers import rotary_cos_sin
 from dllmquant.nn.activation import ActivationScheme
 from dllmquant.transforms.awq import linear_objective, mean_magnitude, search_clip, search_scales, sub_block_objective
 from dllmquant.transforms.fold import apply_scales
+from dllmquant.transforms.hadamard import fit_hadamard
 from tests.models.toys import tiny_model
 from tests.oracles import obs
 
@@ -66,12 +67,14 @@ def round_token(x, bits, group_size):
     return out
 
 
-def brute_force(weights, x, share, scales, grid, activation):
-    """Σ_j w_j Σ_l ‖W_l x_j − Q(W_l diag s) A(x_j / s)‖² / Σ_j w_j."""
-    rounded = [round_rows(w.numpy() * scales, grid.bits, grid.group_size, grid.symmetric) for w in weights]
+def brute_force(weights, x, share, scales, grid, activation, matrix=None):
+    """Σ_j w_j Σ_l ‖W_l x_j − Q(W_l diag s T⁻ᵀ) A((x_j / s) T)‖² / Σ_j w_j."""
+    matrix = np.eye(x.shape[1]) if matrix is None else matrix
+    dual = np.linalg.inv(matrix).T
+    rounded = [round_rows((w.numpy() * scales) @ dual, grid.bits, grid.group_size, grid.symmetric) for w in weights]
     total = 0.0
     for token, weight in zip(x.numpy(), share.tolist(), strict=True):
-        scaled = token / scales
+        scaled = (token / scales) @ matrix
         if activation is not None:
             scaled = round_token(scaled, activation.bits, activation.group_size)
         for w, q in zip(weights, rounded, strict=True):
@@ -106,6 +109,19 @@ def test_linear_objective_is_the_weighted_output_error(grid, activation):
         scales = candidate(mean_abs(x, share), beta)
         expected = brute_force(weights, x, share, scales, grid, activation)
         assert expected > 0
+        assert evaluate(torch.tensor(scales)) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("activation", SCHEMES, ids=["a16", "token", "group"])
+def test_linear_objective_rounds_what_a_transform_behind_the_scales_gives_out(activation):
+    weights, x, share = problem(3)
+    transform = fit_hadamard(CHANNELS, block_size=4, seed=5)
+    matrix = transform.matrix().numpy()
+    evaluate = linear_objective(weights, x, share, GRIDS[0], activation, transform)
+    for beta in (0.0, 0.35, 1.0):
+        scales = candidate(mean_abs(x, share), beta)
+        expected = brute_force(weights, x, share, scales, GRIDS[0], activation, matrix)
+        assert expected != pytest.approx(brute_force(weights, x, share, scales, GRIDS[0], activation), rel=1e-3)
         assert evaluate(torch.tensor(scales)) == pytest.approx(expected, rel=1e-9)
 
 
@@ -236,14 +252,17 @@ def test_mean_magnitude_is_relative_to_the_groups_largest(group_size):
 
 
 class RoundingLinear(nn.Module):
-    """A quantized linear of the oracle: Q(W) fixed, inputs rounded token by token."""
+    """A quantized linear of the oracle: Q(W) fixed, inputs rounded token by token, behind a rotation if given."""
 
-    def __init__(self, linear, grid, activation):
+    def __init__(self, linear, grid, activation, rotation=None):
         super().__init__()
-        self.weight = torch.tensor(round_rows(linear.weight.numpy(), grid.bits, grid.group_size, grid.symmetric))
+        self.rotation = torch.eye(linear.in_features, dtype=torch.float64) if rotation is None else rotation
+        weight = (linear.weight @ self.rotation).numpy()
+        self.weight = torch.tensor(round_rows(weight, grid.bits, grid.group_size, grid.symmetric))
         self.bias, self.activation = linear.bias, activation
 
     def forward(self, x):
+        x = x @ self.rotation
         if self.activation is not None:
             tokens = x.reshape(-1, x.shape[-1]).numpy()
             rounded = np.stack([round_token(t, self.activation.bits, self.activation.group_size) for t in tokens])
@@ -266,17 +285,23 @@ def block_problem():
     return block, calls, shares
 
 
+@pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
 @pytest.mark.parametrize("activation", [None, ActivationScheme(4, group_size=8)], ids=["a16", "a4"])
 @pytest.mark.parametrize(
     ("producer", "consumers"),
     [("attn_norm", ["q_proj", "k_proj", "v_proj"]), ("ff_norm", ["ff_proj", "up_proj"]), ("up_proj", ["ff_out"])],
 )
-def test_sub_block_objective_is_the_error_of_a_block_that_was_really_quantized(producer, consumers, activation):
+def test_sub_block_objective_is_the_error_of_a_block_that_was_really_quantized(
+    producer, consumers, activation, rotated
+):
     block, calls, shares = block_problem()
     grid = Grid(3, 8, False)
+    width = block.get_submodule(consumers[0]).in_features
+    transform = fit_hadamard(width, block_size=8, seed=4) if rotated else None
+    rotation = None if transform is None else transform.matrix()
     before = {name: parameter.clone() for name, parameter in block.named_parameters()}
     evaluate = sub_block_objective(
-        block, consumers, lambda: (call.run(block) for call in calls), shares, grid, activation
+        block, consumers, lambda: (call.run(block) for call in calls), shares, grid, activation, transform
     )
     generator = torch.Generator().manual_seed(7)
     for scales in (torch.ones(block.get_submodule(consumers[0]).in_features), None):
@@ -285,7 +310,7 @@ def test_sub_block_objective_is_the_error_of_a_block_that_was_really_quantized(p
         real = copy.deepcopy(block)
         apply_scales(real, producer, consumers, scales)
         for consumer in consumers:
-            real.set_submodule(consumer, RoundingLinear(real.get_submodule(consumer), grid, activation))
+            real.set_submodule(consumer, RoundingLinear(real.get_submodule(consumer), grid, activation, rotation))
         total = weight = 0.0
         for call, share in zip(calls, shares, strict=True):
             error = (call.run(real) - call.run(block)).square().sum(-1)

@@ -119,6 +119,8 @@ class Drawn:
         notes: What a reader of the report should know; empty when everything is as asked for.
         tail: bool [states, length], the positions behind the end of the generated text, which hold nothing but its
             padding; None where texts have no such positions.
+        waiting: bool [states, length], masked positions of blocks that are decoded later; None where states have no
+            blocks.
     """
 
     batch: StateBatch
@@ -126,6 +128,7 @@ class Drawn:
     cost: Cost
     notes: tuple[str, ...] = ()
     tail: Tensor | None = None
+    waiting: Tensor | None = None
 
 
 class DrawStates(Protocol):

@@ -58,9 +58,15 @@ def trajectory_states(
         buckets=buckets,
         recorded=selection.recorded,
     )
-    tail = behind_the_end(trajectory, tokenizer.eos_token_id)[[state.trajectory for state in selection.states]]
+    length = batch.ids.shape[1]
+    prompts_of = torch.tensor([state.trajectory for state in selection.states])
+    steps_of = torch.tensor([state.step for state in selection.states])
+    tail = behind_the_end(trajectory, tokenizer.eos_token_id)[prompts_of, -length:]
+    waiting = None  # a canvas of noise has no blocks
+    if adapter.mask_token_id is not None:
+        waiting = in_later_blocks(trajectory)[prompts_of, steps_of, -length:] & batch.mask
     notes = (*selection.notes, *coverage.notes(request.quotas))
-    return Drawn(batch, coverage, cost, notes, tail[:, -batch.ids.shape[1] :])
+    return Drawn(batch, coverage, cost, notes, tail, waiting)
 
 
 def without_later_blocks(batch: StateBatch, block_length: int, pad_token_id: int) -> StateBatch:
@@ -95,6 +101,20 @@ def behind_the_end(trajectory: Trajectory, eos_token_id: int | None) -> Tensor:
     generated = torch.arange(last.shape[1]) >= last.shape[1] - trajectory.gen_length
     ends = (last == (-1 if eos_token_id is None else eos_token_id)) & generated
     return ends.cumsum(1) - ends.to(torch.int64) > 0
+
+
+def in_later_blocks(trajectory: Trajectory) -> Tensor:
+    """Returns which masked positions of every state only a later block commits, bool [prompts, steps, L].
+
+    The block of a position is that of the step which commits it; a masked position that no recorded step commits counts
+    as one of a later block. A step that decodes block b cannot commit what lies behind b.
+    """
+    blocks = torch.where(trajectory.valid, trajectory.block, -1)
+    last = int(blocks.max()) + 1
+    own = torch.where(trajectory.committed, blocks[..., None], -1).amax(1)  # [prompts, L]; each is committed once
+    own = torch.where(own < 0, last, own)
+    later: Tensor = trajectory.mask & (own[:, None, :] > blocks[..., None])
+    return later
 
 
 def record_trajectory(
