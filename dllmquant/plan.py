@@ -173,6 +173,12 @@ def _check_heads(
                 f"attention.rotate_query_key: true, but the heads of {name} have {width} channels, and no Hadamard "
                 "matrix of that order can be built; valid: false"
             )
+        size = None if recipe.activations is None else recipe.activations.group_size
+        if by_head and size is not None and width % size:
+            raise RecipeError(
+                f"activations.allocation.heads: true, but activations.group_size {size} does not divide the {width} "
+                f"channels of the heads of {name}; valid: false, a divisor, or null, which is one scale per head there"
+            )
         block = _mixed_channels(transforms[name], linear) if name in transforms else 1
         if by_head and width % block:
             raise RecipeError(

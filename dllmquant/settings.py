@@ -87,7 +87,8 @@ class AllocationSettings(Section):
         mean_bits: The mean bits per activation value, never exceeded; over sites: an expert's counts like any other.
         objective: What a site's error is measured by: "output", the interaction-weighted error of the layers that read
             it; or "logits", the KL divergence of the model's predictions at masked positions.
-        heads: Whether the attention output is divided into one unit per head.
+        heads: Whether the attention output is divided into one unit per head, which has a scale of its own if there are
+            no groups.
     """
 
     high_bits: Literal[4, 8] = 8

@@ -81,3 +81,13 @@ def test_heads_that_a_transform_mixes_get_no_bits_of_their_own(transform, channe
 )
 def test_transforms_inside_heads_or_elsewhere_leave_heads_apart(transform):
     assert planned(tiny_llada(), transforms=[{"kind": "quarot"}, transform], activations=BY_HEAD).input_transforms
+
+
+def test_heads_with_bits_of_their_own_need_groups_that_divide_them():
+    planned(tiny_llada(), activations=BY_HEAD)
+    planned(tiny_llada(), activations=BY_HEAD | {"group_size": 4})
+    with pytest.raises(
+        RecipeError, match=r"heads: true, but activations\.group_size 16 does not divide the 8 channels"
+    ):
+        planned(tiny_llada(), activations=BY_HEAD | {"group_size": 16})
+    planned(tiny_llada(), activations={"allocation": {"mean_bits": 5}, "group_size": 16})

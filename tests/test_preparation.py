@@ -13,7 +13,7 @@ from dllmquant.models import adapter_for
 from dllmquant.nn.activation import ActivationScheme, quantize_activation
 from dllmquant.nn.linear import QuantLinear
 from dllmquant.plan import make_plan
-from dllmquant.preparation import block_token_weights, prepare
+from dllmquant.preparation import block_token_weights, prepare, scaling
 from tests.tiny import tiny_llada, tiny_recipe, tiny_tokenizer
 
 SITES = ("q_proj", "attn_out", "ff_proj", "ff_out")
@@ -85,6 +85,47 @@ def test_folded_transforms_change_weights_but_not_the_function(transforms):
         model.model.transformer["blocks"][0].q_proj.weight, original.model.transformer["blocks"][0].q_proj.weight
     )
     torch.testing.assert_close(logits(model, states), logits(original, states), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("producers", ["norms", "all"])
+def test_smoothing_behind_linear_layers_if_asked(producers):
+    """Equal largest magnitudes of input and weight (alpha 0.5), channel by channel, wherever scales can be folded."""
+    recipe = Recipe.load(tiny_recipe(transforms=[{"kind": "smoothquant", "producers": producers}]))
+    model = tiny_llada(init_std=0.3)
+    original = copy.deepcopy(model)
+    states, _ = prepared(model, recipe)
+    torch.testing.assert_close(logits(model, states), logits(original, states), rtol=1e-3, atol=1e-3)
+    for block, was in zip(model.model.transformer["blocks"], original.model.transformer["blocks"], strict=True):
+        for readers in (("q_proj", "k_proj", "v_proj"), ("ff_proj", "up_proj"), ("attn_out",), ("ff_out",)):
+            seen = []
+            handle = block.get_submodule(readers[0]).register_forward_pre_hook(
+                lambda _module, args, seen=seen: seen.append(args[0])
+            )
+            logits(model, states)
+            handle.remove()
+            x = seen[0][states.batch.attention_mask].abs().amax(0)
+            w = torch.stack([block.get_submodule(name).weight.abs().amax(0) for name in readers]).amax(0)
+            if (producers == "all") == (len(readers) == 1):  # scaling a linear layer moves what was equal before it
+                ratio = x / w
+                torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), rtol=1e-2, atol=0)
+            elif producers == "norms":
+                assert torch.equal(block.get_submodule(readers[0]).weight, was.get_submodule(readers[0]).weight)
+
+
+@pytest.mark.parametrize("objective", ["sub_block", "layer"])
+def test_awq_searches_behind_the_rotation_it_stands_in_front_of(objective, monkeypatch):
+    name, seen = f"{'sub_block' if objective == 'sub_block' else 'linear'}_objective", []
+    real = getattr(scaling, name)
+
+    def spy(*args):
+        seen.append(args[-1])
+        return real(*args)
+
+    monkeypatch.setattr(scaling, name, spy)
+    rotated = [{"kind": "awq", "grid_points": 2, "objective": objective}, {"kind": "hadamard", "sites": ["ff_out"]}]
+    _, preparation = prepared(tiny_llada(), Recipe.load(tiny_recipe(transforms=rotated)))
+    assert [behind is not None for behind in seen] == [False, False, False, True] * 2
+    assert seen[3] is preparation.input_transforms["model.transformer.blocks.0.ff_out"]
 
 
 SCALED = [{"kind": "iaaq"}, {"kind": "hadamard", "sites": ["ff_out"]}]

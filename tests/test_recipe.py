@@ -21,6 +21,18 @@ def test_every_method_has_the_common_settings():
     assert {f"{name}-w8a8" for name in ("rtn", "gptq", "smoothquant", "dllmquant")} <= set(Recipe.names())
 
 
+@pytest.mark.parametrize("setting", ["w4a16", "w3a16", "w4a8", "w4a4", "w4a4-av"])
+def test_published_recipes_leave_out_what_is_ours_of_ia_aq(setting):
+    ours, published = (Recipe.load(f"dllmquant-quarot-{variant}{setting}") for variant in ("", "published-"))
+    assert [transform.kind for transform in ours.transforms] == ["quarot", "iaaq", "hadamard"]
+    own = {"name": published.name, "description": published.description}
+    own |= {"transforms": (ours.transforms[0], ours.transforms[2])}
+    if setting == "w4a4-av":
+        grid = {"probs_grid": "uniform", "probs_range": "fixed"}
+        own |= {"attention": ours.attention.model_copy(update=grid)}
+    assert ours.model_copy(update=own) == published
+
+
 @pytest.mark.parametrize("name", ["best-w4a16", "best-w4a8"])
 def test_best_recipes_differ_in_their_activations_only(name):
     recipe, parent = Recipe.load(name), Recipe.load("best-w4a4")

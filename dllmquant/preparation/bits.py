@@ -89,9 +89,7 @@ class BitAllocation:
         if len(bits) == 1:
             return replace(self.plan.activation, bits=bits[0])
         width = linear_at(self.model, group[0]).in_features // len(bits)
-        size = self.plan.activation.group_size
-        if size is None or width % size:
-            size = width
+        size = self.plan.activation.group_size or width
         per_group = tuple(b for b in bits for _ in range(width // size))
         return replace(self.plan.activation, bits=max(bits), group_size=size, group_bits=per_group)
 
