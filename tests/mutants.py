@@ -519,7 +519,13 @@ MUTANTS = [
         "error.square().sum(-1) * share",
         "error.square().sum(-1) / len(share)",
     ),
-    Mutant("objective-not-unscaled", "transforms/awq", "scaled = tokens / scales", "scaled = tokens"),
+    Mutant("objective-not-unscaled", "transforms/awq", "scaled_weights = tokens / scales,", "scaled_weights = tokens,"),
+    Mutant(
+        "objective-weight-not-rotated",
+        "transforms/awq",
+        "transform.inverse_transpose_weight(scaled_weights)",
+        "scaled_weights",
+    ),
     Mutant(
         "objective-without-activation", "transforms/awq", "scaled = quantize_activation(scaled, activation)", "pass"
     ),
@@ -529,7 +535,18 @@ MUTANTS = [
         "quantize_activation(x / factors, activation) * factors",
         "quantize_activation(x, activation)",
     ),
-    Mutant("block-weight-not-unscaled", "transforms/awq", "(rounded / factors).to(", "rounded.to("),
+    Mutant(
+        "block-weight-not-unscaled",
+        "transforms/awq",
+        "dequantize(factors.dtype) / factors)",
+        "dequantize(factors.dtype))",
+    ),
+    Mutant(
+        "block-weight-not-rotated",
+        "transforms/awq",
+        "rtn(transform.inverse_transpose_weight(scaled), grid)",
+        "rtn(scaled, grid)",
+    ),
     Mutant("block-not-restored", "transforms/awq", "            linear.weight.data = original\n", "            pass\n"),
     Mutant("hook-left", "transforms/awq", "            handle.remove()\n", "            pass\n"),
     Mutant("block-weights-not-rooted", "transforms/awq", ".to(wide).sqrt()[:, None]", ".to(wide)[:, None]"),
@@ -768,6 +785,21 @@ MUTANTS = [
     ),
     Mutant("input-scales-inverted", "core/iaaq", "/ b.clamp(", "* b.clamp("),
     Mutant("input-scales-not-balanced", "core/iaaq", " ** 0.25\n", " ** 0.5\n"),
+    Mutant(
+        "awq-without-the-rotation",
+        "preparation/scaling",
+        "return next((transforms.get(group[0]) for group in plan.groups if name in group), None)",
+        "return None",
+        P,
+    ),
+    Mutant("smoothing-of-norms-only", "preparation/scaling", ' and transform.producers == "norms"', "", P),
+    Mutant(
+        "waiting-in-the-current-block",
+        "calibration/distributions/trajectory",
+        "(own[:, None, :] > blocks[..., None])",
+        "(own[:, None, :] >= blocks[..., None])",
+        "tests/calibration/test_distributions.py",
+    ),
     Mutant("attention-not-weighed-in", "preparation/walk", "(states.weights * received[index])", "(states.weights)", P),
     Mutant(
         "scaled-without-a-rotation",
