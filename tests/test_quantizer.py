@@ -42,6 +42,9 @@ def shrunk(name):
         changes["weights"] = {"group_size": 16}
     if recipe.calibration is not None:
         changes["calibration"] = {"num_states": 8, "num_prompts": 3}
+    transforms = [transform.model_dump() for transform in recipe.transforms]
+    if any(transform["kind"] == "duquant" for transform in transforms):
+        changes["transforms"] = [t | {"block_size": 16} if t["kind"] == "duquant" else t for t in transforms]
     return changes
 
 
