@@ -235,7 +235,8 @@ class Recipe(Section):
         if weights.mixed is not None:
             parts.append(f"mixed {'/'.join(map(str, weights.mixed.choices))} bits")
         if activations is not None:
-            parts.append(f"activations per {'token' if activations.group_size is None else activations.group_size}")
+            grid = "" if activations.symmetric else "asymmetric "
+            parts.append(f"{grid}activations per {'token' if activations.group_size is None else activations.group_size}")
             if activations.allocation is not None:
                 allocation = activations.allocation
                 parts.append(f"{allocation.high_bits} bits where it matters, mean {allocation.mean_bits:g}")

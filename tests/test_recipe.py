@@ -49,6 +49,13 @@ def test_builtin_recipes_are_valid_named_and_described(name):
     assert recipe.summary().startswith(f"W{recipe.weights.bits}A")
 
 
+@pytest.mark.parametrize(
+    ("name", "grid"), [("best-w4a4", "asymmetric activations per 32"), ("quarot-w4a4", "activations per token")]
+)
+def test_summary_tells_the_grid_of_activations(name, grid):
+    assert grid in Recipe.load(name).summary().split(", ")
+
+
 @pytest.mark.parametrize("name", Recipe.names())
 def test_dict_and_yaml_round_trips_are_exact(name, tmp_path):
     recipe = Recipe.load(name)
