@@ -236,7 +236,7 @@ class Recipe(Section):
             parts.append(f"mixed {'/'.join(map(str, weights.mixed.choices))} bits")
         if activations is not None:
             grid = "" if activations.symmetric else "asymmetric "
-            size = "token" if activations.group_size is None else activations.group_size
+            size = "token" if activations.group_size is None else f"group of {activations.group_size}"
             parts.append(f"{grid}activations per {size}")
             if activations.allocation is not None:
                 allocation = activations.allocation

@@ -50,7 +50,8 @@ def test_builtin_recipes_are_valid_named_and_described(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "grid"), [("best-w4a4", "asymmetric activations per 32"), ("quarot-w4a4", "activations per token")]
+    ("name", "grid"),
+    [("best-w4a4", "asymmetric activations per group of 32"), ("quarot-w4a4", "activations per token")],
 )
 def test_summary_tells_the_grid_of_activations(name, grid):
     assert grid in Recipe.load(name).summary().split(", ")
